@@ -1,0 +1,52 @@
+"""The options that several verbs share, and the recipe they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lightship.recipe import PRECISIONS, Precision, Recipe
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `ship` and `convert`: what to build and how to judge it."""
+    options: list[Decorator] = [
+        click.argument("source"),
+        click.option("--out", "-o", type=click.Path(), help="Where the bundle goes (default: ./NAME-PRECISION)."),
+        click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
+        click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
+        click.option("--ratio", type=float, default=1.0, show_default=True, help="int4: share of the body; rest int8."),
+        click.option("--awq/--no-awq", default=True, show_default=True, help="int4: activation-aware scaling."),
+        click.option("--scale-estimation/--no-scale-estimation", default=True, show_default=True, help="int4."),
+        click.option("--gptq/--no-gptq", default=False, show_default=True, help="int4: error-compensated rounding."),
+        click.option("--all-layers", is_flag=True, help="int4: embedding and head in 4 bits too."),
+        click.option("--accept", multiple=True, metavar='"kld<=X"', help="Replace the default limit, on the record."),
+        click.option("--evaluate", type=click.Choice(["quick", "full"]), default="quick", show_default=True),
+        click.option("--text", type=click.Path(), help="Score on this file: plain text, or chat JSONL."),
+        click.option("--golden", type=click.Path(), help="Golden cases (JSONL), run on original and candidate."),
+        click.option("--revision", help="Revision of a hub model."),
+        click.option("--force", is_flag=True, help="Replace an existing bundle."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def recipe_of(source: str, **given: Any) -> Recipe:
+    """The recipe that the options above describe."""
+    names = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
+    precision = Precision(name=given["precision"], **{name: given[name] for name in names})
+    return Recipe(
+        source=source,
+        precision=precision,
+        accept=given["accept"],
+        evaluate=given["evaluate"],
+        text=given["text"],
+        golden=given["golden"],
+        revision=given["revision"],
+    )

@@ -1,0 +1,35 @@
+"""Ship a model: convert, quantise, gate, evaluate and pack it into a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lightship.cli.display import stages
+from lightship.cli.options import build_options, recipe_of
+
+
+def default_out(source: str, precision: str) -> Path:
+    """`./NAME-PRECISION`, NAME from the last part of the source."""
+    name = Path(source.rstrip("/")).name.removesuffix(".gguf") or "model"
+    return Path(f"{name}-{precision}")
+
+
+@click.command()
+@build_options
+def command(source: str, out: str | None, force: bool, as_json: bool, **given: Any) -> None:
+    """Ship SOURCE (a folder, a .gguf file, a hub id, or `demo`) as a measured bundle."""
+    from lightship.pipeline import ship
+
+    recipe = recipe_of(source, **given)
+    folder = Path(out) if out else default_out(source, recipe.precision.name)
+    with stages() as progress:
+        bundle = ship(recipe, folder, force=force, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(folder), "digest": bundle.digest, "report": bundle.report.to_dict()}))
+        return
+    click.echo(bundle.report.to_markdown())
+    click.echo(f"bundle: {folder}  ({bundle.size_bytes / 1e6:.0f} MB, digest {bundle.digest[:16]})")

@@ -1,0 +1,161 @@
+"""A loaded model. `Engine` generates, `Scorer` returns full logits; `FakeEngine` is the deterministic double for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to open a model for generation. None leaves the choice to the runtime folder's `engine.json`, then to the
+    runtime. `kv_cache_gb` is the memory for keys and values in GiB; precisions are `f32`, `bf16`, `u8`, ….
+    """
+
+    kv_cache_gb: float = 1.0
+    max_num_seqs: int = 256
+    max_batched_tokens: int = 512
+    prefix_cache: bool = True
+    inference_precision: str | None = None
+    kv_precision: str | None = None
+    dynamic_quantisation_group: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one request gained in a step: new tokens (stop tokens excluded), their log-probabilities when asked for,
+    and, in its last event, why it finished."""
+
+    request_id: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model that generates for many requests at once. One thread drives it: `submit` and `cancel` between `step`s.
+
+    Any exception from `step` means the engine is dead: discard it.
+    """
+
+    def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
+        """Queue a prompt and return its request id. Raises `RequestError` for foreign ids or a prompt too long."""
+        ...
+
+    def step(self) -> list[Event]:
+        """Advance every running request by one step and return what is new."""
+        ...
+
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """End a request; an unknown or finished id is ignored."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the engine now: running, waiting, context, vocabulary size, …"""
+        ...
+
+    def close(self) -> None:
+        """Release the model."""
+        ...
+
+
+class Scorer(Protocol):
+    """A model that returns the logits of every position: what gates and evaluation read."""
+
+    def logits(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """`ids`, `mask`: (batch, length), padding on the left. Returns (batch, length, vocabulary), float32."""
+        ...
+
+
+@dataclass
+class _FakeRequest:
+    tokens: list[int]
+    params: GenerationParams
+    produced: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """Generates `(last + 1) mod vocabulary`, one token a step: no model, the whole protocol. For tests of servers.
+
+    `fail_after` steps it raises, as a real engine does when it dies.
+    """
+
+    vocabulary: int = 256
+    context: int = 2048
+    eos_token_id: int | None = None
+    fail_after: int | None = None
+    _requests: dict[int, _FakeRequest] = field(default_factory=dict)
+    _next_id: int = 0
+    _steps: int = 0
+
+    def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
+        self._next_id += 1
+        self._requests[self._next_id] = _FakeRequest(list(tokens), params)
+        return self._next_id
+
+    def step(self) -> list[Event]:
+        self._steps += 1
+        if self.fail_after is not None and self._steps > self.fail_after:
+            raise RuntimeError("the fake engine was told to fail")
+        events = []
+        for request_id, request in list(self._requests.items()):
+            token = (request.tokens[-1] + 1) % self.vocabulary
+            stops = (*request.params.stop_token_ids, self.eos_token_id)
+            if token in stops and not request.params.ignore_eos:
+                events.append(Event(request_id, finish_reason="stop"))
+                del self._requests[request_id]
+                continue
+            request.tokens.append(token)
+            request.produced += 1
+            done = request.produced >= request.params.max_tokens
+            logprobs = (-0.5,) if request.params.logprobs else ()
+            events.append(Event(request_id, (token,), logprobs, "length" if done else None))
+            if done:
+                del self._requests[request_id]
+        return events
+
+    def busy(self) -> bool:
+        return bool(self._requests)
+
+    def cancel(self, request_id: int) -> None:
+        self._requests.pop(request_id, None)
+
+    def stats(self) -> dict[str, Any]:
+        return {"running": len(self._requests), "context": self.context, "vocabulary": self.vocabulary}
+
+    def close(self) -> None:
+        self._requests.clear()

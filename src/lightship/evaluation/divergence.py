@@ -1,0 +1,160 @@
+"""How far a candidate's next-token distributions are from the original's, on the same tokens.
+
+The original's log-probabilities are written to disk block by block, so that the two models are never in memory
+together and no more than one block of either is. KL divergence is KL(original ‖ candidate) in nats per token, over
+the whole vocabulary, as llama.cpp's perplexity tool reports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lightship.errors import LightshipError
+
+Floats = npt.NDArray[np.float32]
+BLOCK = 128  # positions handled at a time: 128 × 128 256 logits in float32 are 66 MB
+
+
+class BlockScorer(Protocol):
+    """A scorer that hands out the logits of `size` positions at a time, each (batch, ≤ size, vocabulary)."""
+
+    def blocks(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], size: int
+    ) -> Iterator[npt.NDArray[np.float32]]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows, padded on the left. `mask` marks real tokens, `scored` the positions whose prediction counts."""
+
+    name: str
+    ids: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.int64]
+    scored: npt.NDArray[np.bool_]
+
+    @staticmethod
+    def of(name: str, rows: Sequence[Sequence[int]], scored_from: Sequence[int] | None = None) -> Batch:
+        """Pad `rows` on the left; row r is scored from its token `scored_from[r]` on (default: from its first)."""
+        length = max(len(row) for row in rows)
+        ids = np.zeros((len(rows), length), np.int64)
+        mask = np.zeros((len(rows), length), np.int64)
+        scored = np.zeros((len(rows), length), np.bool_)
+        for index, row in enumerate(rows):
+            pad = length - len(row)
+            ids[index, pad:] = row
+            mask[index, pad:] = 1
+            scored[index, pad + (scored_from[index] if scored_from else 0) :] = True
+        return Batch(name, ids, mask, scored)
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(batch, length): the token that follows each position, −1 after the last."""
+        labels = np.full_like(self.ids, -1)
+        labels[:, :-1] = self.ids[:, 1:]
+        return labels
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original's log-probabilities of the scored positions of `batches`, in files below `folder`."""
+
+    folder: Path
+    batches: tuple[Batch, ...]
+
+    def rows(self, batch: int, block: int) -> Floats:
+        """(scored positions of that block, vocabulary)."""
+        rows: Floats = np.load(self.folder / f"{batch:03}-{block:04}.npy", allow_pickle=False)
+        return rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Per scored position: KL divergence, whether the likeliest token agrees, the original's margin between its two
+    likeliest tokens (nats), the largest |Δ log p| over the tokens it holds likely (p > 1e-4), the log-probability of
+    the token that really follows (NaN where none does) for original and candidate, and the name of its batch."""
+
+    kld: Floats
+    top1: npt.NDArray[np.bool_]
+    margin: Floats
+    error: Floats
+    original: Floats
+    candidate: Floats
+    batch: npt.NDArray[np.str_]
+
+    def only(self, name: str) -> Comparison:
+        """The positions of the batches called `name`."""
+        keep = self.batch == name
+        return Comparison(*(getattr(self, field)[keep] for field in self.__dataclass_fields__))
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Row-wise log-probabilities in float32, summed in float64."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))
+    return (shifted - total.astype(np.float32)).astype(np.float32, copy=False)
+
+
+def record(original: BlockScorer, batches: Iterable[Batch], folder: Path) -> Reference:
+    """Run the original over `batches` and keep its log-probabilities in `folder`. Raises on a non-finite value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = tuple(batches)
+    for index, batch in enumerate(kept):
+        for block, rows, _ in _scored_blocks(original, batch):
+            if not np.isfinite(rows).all():
+                raise LightshipError(
+                    "the original model itself computes NaN or infinity",
+                    hint="its weights are damaged or overflow in float32; check the source before converting it",
+                )
+            np.save(folder / f"{index:03}-{block:04}.npy", rows)
+    return Reference(folder, kept)
+
+
+def _scored_blocks(
+    scorer: BlockScorer, batch: Batch
+) -> Iterator[tuple[int, Floats, tuple[npt.NDArray[np.bool_], int]]]:
+    """(block number, log-probabilities of its scored positions, (which those are, start of the block))."""
+    for block, logits in enumerate(scorer.blocks(batch.ids, batch.mask, BLOCK)):
+        start = block * BLOCK
+        scored = batch.scored[:, start : start + logits.shape[1]]
+        yield block, log_softmax(logits[scored]), (scored, start)
+
+
+def compare(reference: Reference, candidate: BlockScorer) -> Comparison:
+    """Run the candidate over the reference's batches. A NaN is kept as infinite divergence, never dropped."""
+    parts: list[list[npt.NDArray[np.generic]]] = []
+    for index, batch in enumerate(reference.batches):
+        labels = batch.labels()
+        for block, rows, (scored, start) in _scored_blocks(candidate, batch):
+            label = labels[:, start : start + scored.shape[1]][scored]
+            figures = _compare_rows(reference.rows(index, block), rows, label)
+            parts.append([*figures, np.full(len(label), batch.name)])
+    return Comparison(*(np.concatenate(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def _compare_rows(p: Floats, q: Floats, label: npt.NDArray[np.int64]) -> list[npt.NDArray[np.generic]]:
+    """The fields of `Comparison` for original and candidate log-probabilities, each (positions, vocabulary)."""
+    if p.shape != q.shape:
+        raise LightshipError(f"original and candidate differ in shape: {p.shape} and {q.shape} (vocabulary changed?)")
+    finite = np.isfinite(q).all(axis=-1)
+    q = np.where(finite[:, None], q, 0.0).astype(np.float32)
+    weight = np.exp(p)
+    kld = np.maximum((weight * (p - q)).sum(axis=-1, dtype=np.float64), 0.0).astype(np.float32)
+    likely = weight > 1e-4
+    error = np.where(likely, np.abs(p - q), 0.0).max(axis=-1)
+    second, first = np.partition(p, -2, axis=-1)[:, -2:].T
+    taken = np.maximum(label, 0)[:, None]
+    nothing = label < 0
+    lost = np.float32(np.inf)
+    return [
+        np.where(finite, kld, lost),
+        (p.argmax(axis=-1) == q.argmax(axis=-1)) & finite,
+        first - second,
+        np.where(finite, error, lost),
+        np.where(nothing, np.nan, np.take_along_axis(p, taken, 1)[:, 0]).astype(np.float32),
+        np.where(nothing, np.nan, np.where(finite, np.take_along_axis(q, taken, 1)[:, 0], -lost)).astype(np.float32),
+    ]

@@ -1,0 +1,395 @@
+"""OpenVINO: decoders as one stateful graph for prefill and decode, served by continuous batching (OpenVINO GenAI)."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightship.checkpoint import Checkpoint
+from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
+from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
+from lightship.recipe import Precision
+
+EXTRA = "build"
+GRAPH = "openvino_model.xml"
+CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+           "special_tokens_map.json", "structure.json")
+# Precisions at which each weight precision is served. fp32 switches every approximation of the runtime off (they
+# cost a mean |Δ log p| of 0.08 at its defaults); the others take the runtime's defaults for this processor.
+SERVED_AT: dict[str, dict[str, Any]] = {
+    "fp32": {"inference_precision": "f32", "kv_precision": "f32", "dynamic_quantisation_group": 0},
+    "bf16": {"dynamic_quantisation_group": 0},
+    "int8": {},
+    "int4": {},
+}
+
+
+# ── Checkpoint → runtime folder ─────────────────────────────────────────────
+
+
+def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
+    """Write `checkpoint` as one stateful graph: batch and length dynamic, left padding by the attention mask.
+
+    `dtype` overrides the dtype of the weights (`float32`, `bfloat16`); activations are traced in float32.
+    Raises `UnsupportedError` when the exporter cannot trace the architecture.
+    """
+    import openvino as ov
+
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = _trace(checkpoint, dtype)
+    _drop_recorded_precision(graph)
+    ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
+    carry_files(checkpoint.folder, folder)
+    _write_tokenizer(checkpoint.folder, folder)
+
+
+def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
+    """The `openvino.Model` of `checkpoint`. Traced with two rows, one left-padded, so that no axis is specialised."""
+    import torch
+    from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    model = checkpoint.load(dtype)
+    ids = torch.arange(2, 18).reshape(2, 8) % checkpoint.vocabulary
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), output_on_stderr():
+            parts = decompose_for_generation(
+                model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+            )
+            submodel, inputs = parts["decode"]
+            exported = OpenVINOExporter().export(submodel, inputs, config=OpenVINOConfig(dynamic=True))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+        raise UnsupportedError(
+            f"the architecture {checkpoint.config.get('model_type')!r} could not be exported to OpenVINO: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
+            hint="supported are decoder language models that transformers' OpenVINO exporter can trace",
+        ) from error
+    return exported.program
+
+
+def _drop_recorded_precision(graph: Any) -> None:
+    """Remove the compile options recorded by the exporter: with them the continuous-batching pipeline refuses to load
+    ("expect kvcache type …"). Precisions are chosen when the folder is opened."""
+    rt_info = graph.rt_info
+    if "runtime_options" in rt_info:
+        del rt_info["runtime_options"]
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy the configuration and tokenizer files that a runtime folder carries."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_tokenizer(source: Path, folder: Path) -> None:
+    """Put OpenVINO's tokenizer and detokenizer beside `tokenizer.json` and check that they give the same ids."""
+    import openvino as ov
+    import openvino_tokenizers  # noqa: F401  (registers its operations with openvino)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedError(f"{source} has no fast tokenizer (tokenizer.json)",
+                               hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    with output_on_stderr():
+        encoder, decoder = openvino_tokenizers.convert_tokenizer(
+            tokenizer, with_detokenizer=True, skip_special_tokens=True
+        )
+    ov.save_model(encoder, str(folder / "openvino_tokenizer.xml"))
+    ov.save_model(decoder, str(folder / "openvino_detokenizer.xml"))
+    _check_tokenizer(encoder, tokenizer)
+
+
+TOKENIZER_PROBES = ("Hello world", "  two  spaces\n\tand a tab", "naïve façade — 漢字 🚢", "def f(x):\n    return x**2")
+
+
+def _check_tokenizer(encoder: Any, tokenizer: Any) -> None:
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(encoder, "CPU")
+    for text in TOKENIZER_PROBES:
+        got = compiled([text])["input_ids"][0].tolist()
+        expected = tokenizer(text)["input_ids"]
+        if got != expected:
+            raise UnsupportedError(f"the OpenVINO tokenizer disagrees with tokenizer.json on {text!r}: "
+                                   f"{got[:12]} instead of {expected[:12]}")
+
+
+def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
+    """Compress the weights of the runtime folder `source` into `folder` (NNCF), embedding and head included.
+
+    int8 is symmetric per output channel. int4 is symmetric in groups along the input; embedding and head take
+    int8 unless `precision.all_layers`; `calibration` (token sequences) feeds the data-aware options.
+    """
+    os.environ["NNCF_CI"] = "1"  # nncf reads it at import: no telemetry
+    with output_on_stderr():
+        import nncf
+        import openvino as ov
+
+        nncf.set_log_level(logging.ERROR)
+        graph = ov.Core().read_model(source / GRAPH)
+        if precision.name == "int8":
+            graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+        else:
+            data_aware = precision.awq or precision.scale_estimation or precision.gptq
+            if data_aware and not calibration:
+                raise UnsupportedError("int4 with awq, scale estimation or gptq needs a calibration set")
+            graph = nncf.compress_weights(
+                graph,
+                mode=nncf.CompressWeightsMode.INT4_SYM,
+                group_size=precision.group_size,
+                ratio=precision.ratio,
+                all_layers=precision.all_layers,
+                awq=precision.awq,
+                scale_estimation=precision.scale_estimation,
+                gptq=precision.gptq,
+                dataset=nncf.Dataset([_graph_inputs(np.array([ids])) for ids in calibration]) if data_aware else None,
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
+    del graph
+    gc.collect()
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith("openvino_model"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def finish(folder: Path, precision: str) -> None:
+    """Record in `engine.json` the precisions at which this folder is served."""
+    settings = {"precision": precision, "settings": SERVED_AT[precision]}
+    (folder / "engine.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def output_on_stderr() -> Iterator[None]:
+    """Send what a library prints on standard output to standard error: ours carries results only."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+# ── Runtime folder → Engine, Scorer ─────────────────────────────────────────
+
+
+def _graph_inputs(
+    ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64] | None = None, past: int = 0
+) -> dict[str, npt.NDArray[Any]]:
+    """The graph's inputs for `ids` (batch, new), with `mask` (batch, past + new); positions count unmasked tokens."""
+    full = np.ones((ids.shape[0], past + ids.shape[1]), np.int64) if mask is None else mask
+    positions = np.maximum(np.cumsum(full, axis=1) - 1, 0)[:, past:]
+    return {
+        "input_ids": np.ascontiguousarray(ids, np.int64),
+        "attention_mask": np.ascontiguousarray(full, np.int64),
+        "position_ids": np.ascontiguousarray(positions, np.int64),
+        "beam_idx": np.arange(ids.shape[0], dtype=np.int32),
+    }
+
+
+def _served(folder: Path, settings: EngineSettings) -> EngineSettings:
+    """`settings` with what it leaves open taken from the folder's `engine.json`."""
+    path = folder / "engine.json"
+    recorded = json.loads(path.read_text())["settings"] if path.is_file() else {}
+    return replace(settings, **{name: value for name, value in recorded.items() if getattr(settings, name) is None})
+
+
+def properties(folder: Path, settings: EngineSettings) -> dict[str, Any]:
+    """OpenVINO compile properties for `settings` on this processor."""
+    served = _served(folder, settings)
+    chosen = {
+        "INFERENCE_PRECISION_HINT": served.inference_precision,
+        "KV_CACHE_PRECISION": served.kv_precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": served.dynamic_quantisation_group,
+        "INFERENCE_NUM_THREADS": served.threads,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+class OpenVINOScorer:
+    """The graph of a runtime folder in one SDPA pass, logits of every position."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        import openvino as ov
+
+        core = ov.Core()
+        graph = core.read_model(folder / GRAPH)
+        self._request = core.compile_model(graph, "CPU", properties(folder, settings)).create_infer_request()
+
+    def logits(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return np.concatenate(list(self.blocks(ids, mask, ids.shape[1])), axis=1)
+
+    def blocks(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], size: int
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits of `size` positions at a time, (batch, ≤ size, vocabulary); the KV cache carries over."""
+        self._request.reset_state()
+        for start in range(0, ids.shape[1], size):
+            stop = min(start + size, ids.shape[1])
+            self._request.infer(_graph_inputs(ids[:, start:stop], mask[:, :stop], past=start))
+            yield np.array(self._request.get_tensor("logits").data, np.float32)
+
+
+def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OpenVINOScorer:
+    """Load `folder` for scoring at the precisions it is served at."""
+    return OpenVINOScorer(folder, settings or EngineSettings())
+
+
+class OpenVINOEngine:
+    """Continuous batching over the paged KV cache of OpenVINO GenAI. Bounds every request before the runtime sees it:
+    it would accept foreign ids and prompts beyond the context, and answer garbage."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        import openvino_genai as genai
+
+        config = json.loads((folder / "config.json").read_text())
+        self.context: int = config.get("max_position_embeddings") or config.get("n_positions") or 2048
+        self.vocabulary: int = config["vocab_size"]
+        generation = folder / "generation_config.json"
+        eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+        eos = config.get("eos_token_id") if eos is None else eos
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else ((eos,) if isinstance(eos, int) else tuple(eos))
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size = max(1, round(settings.kv_cache_gb))
+        scheduler.max_num_seqs = settings.max_num_seqs
+        scheduler.max_num_batched_tokens = settings.max_batched_tokens
+        scheduler.enable_prefix_caching = settings.prefix_cache
+        self._genai = genai
+        self._pipeline = genai.ContinuousBatchingPipeline(
+            str(folder), scheduler, "CPU", properties(folder, settings)
+        )
+        self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
+        self._next_id = 0
+
+    def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
+        self._check(tokens, params)
+        self._next_id += 1
+        return self._add(self._next_id, tokens, self._config(params), () if params.ignore_eos else self._stops(params))
+
+    def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> int:
+        import openvino as ov
+
+        ids = ov.Tensor(np.array([tokens], dtype=np.int64))
+        self._running[request_id] = (self._pipeline.add_request(request_id, ids, config), stops)
+        return request_id
+
+    def _check(self, tokens: Sequence[int], params: GenerationParams) -> None:
+        if not tokens:
+            raise RequestError("the prompt is empty", "prompt")
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", "prompt", "invalid_token_id")
+        if len(tokens) + params.max_tokens > self.context:
+            raise ContextTooLong(
+                f"{len(tokens)} prompt tokens and {params.max_tokens} new ones exceed the context of {self.context}"
+            )
+
+    def _stops(self, params: GenerationParams) -> tuple[int, ...]:
+        return (*self.eos_token_ids, *params.stop_token_ids)
+
+    def _config(self, params: GenerationParams) -> Any:
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = params.max_tokens
+        config.ignore_eos = params.ignore_eos
+        if not params.ignore_eos and self._stops(params):
+            stops = self._stops(params)
+            config.set_eos_token_id(stops[0])  # without it the pipeline does not stop at stop_token_ids either
+            config.stop_token_ids = set(stops)
+        config.logprobs = 1 if params.logprobs else 0
+        config.presence_penalty = params.presence_penalty
+        config.frequency_penalty = params.frequency_penalty
+        config.repetition_penalty = params.repetition_penalty
+        if params.temperature > 0:
+            config.do_sample = True
+            config.temperature = params.temperature
+            config.top_p = params.top_p
+            config.top_k = params.top_k or self.vocabulary
+            if params.min_p > 0:
+                config.min_p = params.min_p
+            config.rng_seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little")
+        return config
+
+    def prompt_logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """log p(token[i] | tokens before i) for i ≥ 1 on the served path, shape (len(tokens) − 1,).
+
+        Only right with the prefix cache off: with a hit the runtime leaves positions out.
+        """
+        config = self._config(GenerationParams(max_tokens=1, ignore_eos=True, logprobs=True))
+        config.echo = True
+        self._next_id += 1
+        self._add(self._next_id, tokens, config, ())
+        values: list[float] = []
+        while self.busy():
+            for event in self.step():
+                values.extend(event.logprobs)
+        if len(values) != len(tokens) + 1:
+            raise EngineError(f"{len(values)} prompt log-probabilities for {len(tokens)} tokens: is the prefix cache on?")
+        return np.array(values[1 : len(tokens)], np.float32)
+
+    def step(self) -> list[Event]:
+        if self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        return [event for request_id in list(self._running) if (event := self._read(request_id)) is not None]
+
+    def _read(self, request_id: int) -> Event | None:
+        handle, stops = self._running[request_id]
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while handle.can_read():
+            for output in handle.read().values():
+                tokens.extend(output.generated_ids)
+                logprobs.extend(output.generated_log_probs)
+        reason = self._reason(handle, tokens, stops)
+        if reason is not None:
+            del self._running[request_id]
+        if reason == "stop" and tokens and tokens[-1] in stops:
+            tokens, logprobs = tokens[:-1], logprobs[: len(tokens) - 1]
+        if not tokens and not logprobs and reason is None:
+            return None
+        error = "the KV cache is exhausted" if reason == "error" else None
+        return Event(request_id, tuple(tokens), tuple(logprobs), reason, error)
+
+    def _reason(self, handle: Any, tokens: list[int], stops: tuple[int, ...]) -> FinishReason | None:
+        status = handle.get_status()
+        kinds = self._genai.GenerationStatus
+        if status == kinds.RUNNING:
+            return None
+        if status == kinds.FINISHED:
+            return "stop" if tokens and tokens[-1] in stops else "length"
+        return "cancelled" if status in (kinds.CANCEL, kinds.STOP) else "error"
+
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def cancel(self, request_id: int) -> None:
+        if request_id in self._running:
+            handle, _ = self._running.pop(request_id)
+            handle.cancel()
+
+    def stats(self) -> dict[str, Any]:
+        return {"running": len(self._running), "context": self.context, "vocabulary": self.vocabulary}
+
+    def close(self) -> None:
+        for request_id in list(self._running):
+            self.cancel(request_id)
+        del self._pipeline
+
+
+def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine:
+    """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
+    if not (folder / GRAPH).is_file():
+        raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
+    return OpenVINOEngine(folder, settings or EngineSettings())
