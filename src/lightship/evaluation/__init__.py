@@ -1,0 +1,1 @@
+"""Engine + original → figures: one measurement a file."""

@@ -1,0 +1,102 @@
+"""A Hugging Face folder or hub id: safetensors only, looked over before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightship.checkpoint import Checkpoint, read_json
+from lightship.errors import SourceError, UnsupportedError
+from lightship.sources import pickle
+
+EXTRA = "build"
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+HEADER_LIMIT = 100 * 2**20  # bytes, as the safetensors format itself sets it
+
+
+def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
+    """Check the checkpoint folder `source` and use it where it lies (it is never written to)."""
+    place = Path(source)
+    config = read_json(place / "config.json")
+    if "model_type" not in config:
+        raise SourceError(f"{place / 'config.json'} has no model_type", hint="is this a transformers checkpoint?")
+    for path in weight_files(place):
+        check_safetensors(path)
+    if not (place / "tokenizer.json").is_file():
+        raise SourceError(
+            f"{place} has no tokenizer.json",
+            hint="save the model's fast tokenizer into the folder: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+        )
+    read_json(place / "tokenizer.json")
+    return Checkpoint(place)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of `folder`; those of the index where there is one, all inside the folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = read_json(index).get("weight_map", {})
+        if not isinstance(named, dict) or not named:
+            raise SourceError(f"{index} has no weight_map")
+        files = sorted({str(name) for name in named.values()})
+        for name in files:
+            if Path(name).name != name:
+                raise SourceError(f"{index} points outside its folder: {name!r}")
+            if not (folder / name).is_file():
+                raise SourceError(f"{folder} lacks {name}, which its index names", hint="the download is incomplete")
+        return [folder / name for name in files]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        pickled = [path for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(suffix)]
+        if pickled:
+            pickle.read(str(pickled[0]), folder, lambda line: None)
+        raise SourceError(f"{folder} holds no safetensors weights")
+    return found
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `SourceError` when `path` is cut short or its header does not describe it exactly.
+
+    Format: 8 bytes little-endian header length, JSON header, then the tensors without holes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise SourceError(f"{path} is cut short or no safetensors file ({size} bytes)", hint="fetch it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise SourceError(f"{path} has a damaged safetensors header: {error}", hint="fetch it again") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise SourceError(f"{path} has {size} bytes, its header describes {expected}", hint="fetch it again")
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Fetch the hub model `name` (safetensors, configuration and tokenizer only) and return its folder.
+
+    Honours HF_HUB_OFFLINE, HF_TOKEN and HF_HOME as huggingface_hub does.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE")
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
+        raise SourceError(f"{name!r} is no folder here, and {reason}", hint="check the path or the network") from error
+    except errors.GatedRepoError as error:
+        raise SourceError(f"{name} is gated", hint="accept its licence on the hub and set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise SourceError(f"{name} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise SourceError(f"the hub has no model {name!r}, or it is private", hint="check the name; set HF_TOKEN") from error
+    except errors.HFValidationError as error:
+        raise UnsupportedError(f"{name!r} is not a hub id: {error}") from error
+    except OSError as error:
+        raise SourceError(f"{name} could not be fetched: {error}", hint="check the network and try again") from error
