@@ -1,0 +1,256 @@
+"""The HTTP API: /v1/chat/completions, /v1/completions, /v1/models, /predict, /livez, /readyz."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from lightship.engine import GenerationParams
+from lightship.errors import EngineError, LightshipError, RequestError
+from lightship.serving import errors
+from lightship.serving.model import ServedModel
+from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
+from lightship.serving.text import TextStream
+from lightship.serving.worker import Worker
+
+JSON = dict[str, Any]
+
+
+@dataclass
+class Answer:
+    """One generation on its way: pieces of text, then how it ended and what it used."""
+
+    worker: Worker
+    model: ServedModel
+    tokens: list[int]
+    params: GenerationParams
+    stops: list[str]
+    finish: str = "stop"
+    produced: int = 0
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Text as it becomes certain. Closing this early cancels the request in the engine."""
+        text = TextStream(self.model.tokenizer, self.stops)
+        events = self.worker.generate(self.tokens, self.params)
+        try:
+            async for event in events:
+                self.produced += len(event.token_ids)
+                yield text.push(event.token_ids)
+                if text.stopped:
+                    return
+                self.finish = event.finish_reason or self.finish
+            if rest := text.finish():
+                yield rest
+            if text.stopped:
+                self.finish = "stop"
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def usage(self) -> JSON:
+        """Token counts; the end-of-text token is not counted."""
+        return {
+            "prompt_tokens": len(self.tokens),
+            "completion_tokens": self.produced,
+            "total_tokens": len(self.tokens) + self.produced,
+        }
+
+
+def create_app(worker: Worker, model: ServedModel) -> FastAPI:
+    """The API in front of `worker`, which is started with the app and closed with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(worker.start())
+        app.state.starting = starting
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await worker.close()
+
+    app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors.install(app)
+    _health(app, worker)
+    _models(app, model)
+    _completions(app, worker, model)
+    return app
+
+
+def _health(app: FastAPI, worker: Worker) -> None:
+    @app.get("/livez")
+    async def livez() -> JSON:
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        if worker.ready:
+            return JSONResponse({"status": "ready"})
+        starting: asyncio.Task[None] = app.state.starting
+        failed = starting.exception() if starting.done() and not starting.cancelled() else None
+        state = "failed" if failed else "stopped" if starting.done() else "loading"
+        return JSONResponse({"status": state, "reason": str(failed) if failed else None}, 503)
+
+
+def _models(app: FastAPI, model: ServedModel) -> None:
+    card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "lightship",
+            "context_length": model.context, "digest": model.digest}  # fmt: skip
+
+    @app.get("/v1/models")
+    async def models() -> JSON:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name}")
+    async def one(name: str) -> JSON:
+        _check_name(model, name)
+        return card
+
+
+def _check_name(model: ServedModel, name: str | None) -> None:
+    if name is not None and name != model.name:
+        raise RequestError(f"this server has the model {model.name!r} only", "model", "model_not_found", 404)
+
+
+def _completions(app: FastAPI, worker: Worker, model: ServedModel) -> None:
+    def answer(body: Sampling, tokens: list[int], wanted: int | None, param: str) -> Answer:
+        _check_name(model, body.model)
+        body.refuse_unsupported()
+        return Answer(worker, model, tokens, body.params(model.room(tokens, wanted, param)), body.stops())
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        tokens = model.chat_tokens([message.plain() for message in body.messages])
+        shape = Chat("chatcmpl-" + secrets.token_hex(12), model.name)
+        return await _reply(answer(body, tokens, body.limit(), "messages"), body, shape, request)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        tokens = model.prompt_tokens(body.prompt)
+        shape = Completion("cmpl-" + secrets.token_hex(12), model.name)
+        return await _reply(answer(body, tokens, body.limit(), "prompt"), body, shape, request)
+
+    @app.post("/predict")
+    async def predict(body: PredictRequest, request: Request) -> JSON:
+        message = {"role": "user", "content": body.input}
+        tokens = model.chat_tokens([message]) if model.template else model.prompt_tokens(body.input)
+        limit = model.room(tokens, body.max_tokens, "input")
+        found = Answer(worker, model, tokens, GenerationParams(limit, body.temperature, seed=body.seed), [])
+        text = await _collect(found, request)
+        return {"output": text, "model": model.name, "finish_reason": found.finish, "usage": found.usage()}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The JSON shapes of a chat completion."""
+
+    id: str
+    model: str
+
+    def whole(self, text: str, answer: Answer) -> JSON:
+        """The response in one piece."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
+        return {"id": self.id, "object": "chat.completion", "created": answer.started, "model": self.model,
+                "choices": [choice], "usage": answer.usage()}  # fmt: skip
+
+    def opening(self) -> JSON | None:
+        """The first delta."""
+        return {"role": "assistant", "content": ""}
+
+    def chunk(self, delta: JSON | str | None, finish: str | None, answer: Answer) -> JSON:
+        """One streamed chunk; `delta` None is the last of a choice."""
+        content = delta if isinstance(delta, dict) else {} if delta is None else {"content": delta}
+        choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": finish}
+        return {"id": self.id, "object": "chat.completion.chunk", "created": answer.started, "model": self.model,
+                "choices": [choice]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The JSON shapes of a text completion."""
+
+    id: str
+    model: str
+
+    def whole(self, text: str, answer: Answer) -> JSON:
+        """The response in one piece."""
+        return {**self.chunk(text, answer.finish, answer), "usage": answer.usage()}
+
+    def opening(self) -> JSON | None:
+        """There is none."""
+        return None
+
+    def chunk(self, delta: JSON | str | None, finish: str | None, answer: Answer) -> JSON:
+        """One streamed chunk, which has the shape of the whole."""
+        choice = {"index": 0, "text": delta or "", "logprobs": None, "finish_reason": finish}
+        return {"id": self.id, "object": "text_completion", "created": answer.started, "model": self.model,
+                "choices": [choice]}  # fmt: skip
+
+
+async def _reply(answer: Answer, body: Sampling, shape: Chat | Completion, request: Request) -> Response:
+    if not body.stream:
+        return JSONResponse(shape.whole(await _collect(answer, request), answer))
+    pieces = answer.pieces()
+    first = await anext(pieces, "")  # errors up to here still get their own status
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    stream = _stream(answer, first, pieces, shape, usage)
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _stream(
+    answer: Answer, first: str, pieces: AsyncIterator[str], shape: Chat | Completion, usage: bool
+) -> AsyncIterator[str]:
+    def send(chunk: JSON) -> str:
+        if usage and "usage" not in chunk:
+            chunk = {**chunk, "usage": None}
+        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+    try:
+        if (opening := shape.opening()) is not None:
+            yield send(shape.chunk(opening, None, answer))
+        if first:
+            yield send(shape.chunk(first, None, answer))
+        async for piece in pieces:
+            if piece:
+                yield send(shape.chunk(piece, None, answer))
+        yield send(shape.chunk(None, answer.finish, answer))
+        if usage:
+            yield send({**shape.chunk(None, None, answer), "choices": [], "usage": answer.usage()})
+    except LightshipError as error:
+        yield f"data: {json.dumps(errors.from_error(error)[1])}\n\n"
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]
+    yield "data: [DONE]\n\n"
+
+
+async def _collect(answer: Answer, request: Request) -> str:
+    """The whole text; when the client goes away, the request is cancelled in the engine."""
+
+    async def everything() -> str:
+        return "".join([piece async for piece in answer.pieces()])
+
+    work = asyncio.ensure_future(everything())
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise EngineError("the client closed the connection")
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

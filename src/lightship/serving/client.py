@@ -1,0 +1,42 @@
+"""A small client of the chat API, for `lightship chat` and the demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from lightship.errors import EngineError, RequestError
+
+
+def stream_chat(url: str, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
+    """The pieces of the answer to `messages` from the server at `url`. Raises with the server's own message."""
+    body = {"messages": messages, "stream": True, **options}
+    address = f"{url.rstrip('/')}/v1/chat/completions"
+    try:
+        with httpx.stream("POST", address, json=body, timeout=httpx.Timeout(600, connect=5)) as answer:
+            if answer.status_code != 200:
+                answer.read()
+                raise RequestError(_message(answer), status=answer.status_code)
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield from _text(json.loads(line[6:]))
+    except httpx.TransportError as error:
+        raise EngineError(f"no answer from {address}: {error}", hint="is the server running?") from error
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {answer.status_code}"
+
+
+def _text(chunk: dict[str, Any]) -> Iterator[str]:
+    if "error" in chunk:
+        raise EngineError(chunk["error"]["message"])
+    for choice in chunk["choices"]:
+        if piece := choice["delta"].get("content"):
+            yield piece

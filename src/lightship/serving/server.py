@@ -1,0 +1,91 @@
+"""Serve a bundle on a port: verify it, bind, load the engine in its process, answer until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from lightship.bundle import Bundle
+from lightship.engine import EngineSettings
+from lightship.errors import EngineError, UsageError
+from lightship.serving.app import create_app
+from lightship.serving.model import ServedModel
+from lightship.serving.worker import Worker
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, before any model is loaded. Port 0 takes a free one. Raises `UsageError` when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"port {port} on {host} is in use", hint="stop what runs there, or give --port") from error
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}", hint="check --host and --port") from error
+    return bound
+
+
+def _server(bundle: Bundle, settings: EngineSettings) -> uvicorn.Server:
+    target = bundle.targets[0]
+    folder = bundle.target_folder(target)
+    app = create_app(Worker(target, folder, settings), ServedModel.load(bundle.name, bundle.digest, folder))
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30))
+
+
+def url_of(bound: socket.socket) -> str:
+    """http://host:port of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 8000, settings: EngineSettings | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    with bind(host, port) as bound:
+        _server(opened, settings or EngineSettings()).run(sockets=[bound])
+
+
+@contextlib.contextmanager
+def running(
+    bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 0, settings: EngineSettings | None = None
+) -> Iterator[str]:
+    """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    with bind(host, port) as bound:
+        server = _server(opened, settings or EngineSettings())
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        try:
+            wait_ready(url_of(bound))
+            yield url_of(bound)
+        finally:
+            server.should_exit = True
+            thread.join(40)
+
+
+def wait_ready(url: str, timeout: float = 300) -> None:
+    """Poll /readyz until it answers 200. Raises `EngineError` with the server's reason when loading failed."""
+    import httpx
+
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.get(f"{url}/readyz", timeout=5)
+            if answer.status_code == 200:
+                return
+            if answer.json()["status"] in ("failed", "stopped"):
+                raise EngineError(f"the server could not load the model: {answer.json()['reason']}")
+        time.sleep(0.05)
+    raise EngineError(f"the server at {url} was not ready after {timeout:.0f} s")

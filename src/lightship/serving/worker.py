@@ -1,0 +1,240 @@
+"""The engine in a process of its own: its steps hold the interpreter lock, and when it dies the API must not.
+
+Parent and child talk over a socket pair in msgpack frames (4 bytes length, then the message), never pickle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lightship.engine import Engine, EngineSettings, Event, GenerationParams
+from lightship.errors import EngineDied, EngineError, LightshipError, RequestError
+from lightship.find import find
+
+HEADER = struct.Struct(">I")
+FRAME_LIMIT = 64 * 2**20
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    """One message on the wire."""
+    body = msgspec.msgpack.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+# ── The parent's side ───────────────────────────────────────────────────────
+
+
+class Worker:
+    """A child process with one engine. `start` it, then `generate`; when it dies every stream raises `EngineDied`."""
+
+    def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
+        self._arguments = {"target": target, "folder": str(folder), "settings": asdict(settings)}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._streams: dict[int, asyncio.Queue[Event | LightshipError]] = {}
+        self._next_id = 0
+        self.ready = False
+        self.stats: dict[str, Any] = {}
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start the child and wait until its engine is loaded. Raises `EngineError` with its reason when it fails."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "lightship.serving.worker", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.write(frame(self._arguments))
+        try:
+            first = await _read(reader)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise EngineDied("the engine process ended while loading the model") from error
+        if first["type"] != "ready":
+            raise EngineError(f"the engine cannot be loaded: {first['message']}")
+        self.stats, self.ready = first["stats"], True
+        self._reading = asyncio.create_task(self._listen(reader))
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                message = await _read(reader)
+                stream = self._streams.get(message["id"])
+                if stream is None:
+                    continue  # cancelled meanwhile
+                if message["type"] == "refused":
+                    stream.put_nowait(RequestError(message["message"], message["param"], message["code"], message["status"]))
+                else:
+                    stream.put_nowait(Event(message["id"], tuple(message["tokens"]), tuple(message["logprobs"]),
+                                            message["finish"], message["error"]))  # fmt: skip
+        self.ready = False
+        for stream in self._streams.values():
+            stream.put_nowait(EngineDied("the engine process ended"))
+
+    async def generate(self, tokens: Sequence[int], params: GenerationParams) -> AsyncIterator[Event]:
+        """The events of one request, the last with its finish reason. Leaving early cancels the request."""
+        if not self.ready or self._writer is None:
+            raise EngineDied("the engine is not running")
+        self._next_id += 1
+        request_id, finished = self._next_id, False
+        stream = self._streams[request_id] = asyncio.Queue()
+        self._writer.write(frame({"type": "submit", "id": request_id, "tokens": list(tokens), "params": asdict(params)}))
+        try:
+            while not finished:
+                got = await stream.get()
+                if isinstance(got, LightshipError):
+                    finished = True
+                    raise got
+                if got.finish_reason == "error":
+                    finished = True
+                    raise EngineError(got.error or "the engine gave up on this request")
+                finished = got.finish_reason is not None
+                yield got
+        finally:
+            del self._streams[request_id]
+            if not finished and self.ready:
+                self._writer.write(frame({"type": "cancel", "id": request_id}))
+
+    async def close(self) -> None:
+        """End the child."""
+        self.ready = False
+        if self._writer is not None:
+            self._writer.close()  # the child ends when its socket does
+        if self._process is not None:
+            try:
+                await asyncio.to_thread(self._process.wait, 5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                await asyncio.to_thread(self._process.wait)
+        if self._reading is not None:
+            self._reading.cancel()
+
+
+async def _read(reader: asyncio.StreamReader) -> dict[str, Any]:
+    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+    message: dict[str, Any] = msgspec.msgpack.decode(await reader.readexactly(length))
+    return message
+
+
+# ── The child's side ────────────────────────────────────────────────────────
+
+
+class _Loop:
+    """Reads requests, steps the engine, sends events."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+        self._outer: dict[int, int] = {}  # the engine's id → the parent's
+
+    def run(self) -> None:
+        """Until the parent closes the socket."""
+        engine = self._load()
+        while engine is not None:
+            for message in self._messages(wait=not engine.busy()):
+                if message is None:
+                    engine.close()
+                    return
+                self._handle(engine, message)
+            if engine.busy():
+                self._send_events(engine.step())
+
+    def _load(self) -> Engine | None:
+        arguments = next(iter(self._messages(wait=True)))
+        if arguments is None:
+            return None
+        try:
+            target = find("targets", arguments["target"])
+            engine: Engine = target.open(Path(arguments["folder"]), EngineSettings(**arguments["settings"]))
+        except Exception as error:  # whatever the runtime raises, the parent must hear of it
+            self._connection.sendall(frame({"type": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}))
+            return None
+        self._connection.sendall(frame({"type": "ready", "stats": engine.stats()}))
+        return engine
+
+    def _messages(self, wait: bool) -> list[dict[str, Any] | None]:
+        """Whole messages that have arrived; None stands for the closed socket. Blocks for the first when `wait`."""
+        found: list[dict[str, Any] | None] = []
+        while not found:
+            if select.select([self._connection], [], [], None if wait else 0)[0]:
+                try:
+                    data = self._connection.recv(1 << 20)
+                except ConnectionError:
+                    data = b""
+                if not data:
+                    return [None]
+                self._buffer += data
+            found.extend(self._whole())
+            if not wait:
+                break
+        return found
+
+    def _whole(self) -> list[dict[str, Any]]:
+        found = []
+        while len(self._buffer) >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer)
+            if length > FRAME_LIMIT:
+                raise ValueError(f"a frame of {length} bytes")
+            if len(self._buffer) < HEADER.size + length:
+                break
+            found.append(msgspec.msgpack.decode(bytes(self._buffer[HEADER.size : HEADER.size + length])))
+            del self._buffer[: HEADER.size + length]
+        return found
+
+    def _handle(self, engine: Engine, message: dict[str, Any]) -> None:
+        outer = message["id"]
+        if message["type"] == "cancel":
+            for inner, known in list(self._outer.items()):
+                if known == outer:
+                    engine.cancel(inner)
+                    del self._outer[inner]
+            return
+        params = msgspec.convert(message["params"], GenerationParams)
+        try:
+            self._outer[engine.submit(message["tokens"], params)] = outer
+        except RequestError as error:
+            self._connection.sendall(frame({"type": "refused", "id": outer, "message": error.message,
+                                            "param": error.param, "code": error.code,
+                                            "status": error.http_status}))  # fmt: skip
+
+    def _send_events(self, events: list[Event]) -> None:
+        frames = []
+        for event in events:
+            outer = self._outer.get(event.request_id)
+            if outer is None:
+                continue  # cancelled
+            if event.finish_reason is not None:
+                del self._outer[event.request_id]
+            frames.append(frame({"type": "event", "id": outer, "tokens": event.token_ids, "logprobs": event.logprobs,
+                                 "finish": event.finish_reason, "error": event.error}))  # fmt: skip
+        if frames:
+            self._connection.sendall(b"".join(frames))
+
+
+def main(descriptor: int) -> None:
+    """The child: Ctrl-C belongs to the parent, which closes the socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=descriptor)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone: nobody is left to tell
+        _Loop(connection).run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
