@@ -1,0 +1,37 @@
+"""Chat in the terminal with a running server, or with a bundle that is served for the occasion."""
+
+from __future__ import annotations
+
+import contextlib
+
+import click
+
+
+@click.command()
+@click.argument("where")
+@click.option("--system", help="A system message.")
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 2))
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1))
+def command(where: str, system: str | None, temperature: float, max_tokens: int) -> None:
+    """Chat with WHERE, the URL of a server or a bundle. An empty line or Ctrl-D ends."""
+    from lightship.serving.client import stream_chat
+    from lightship.serving.server import running
+
+    remote = where.startswith(("http://", "https://"))
+    messages = [{"role": "system", "content": system}] if system else []
+    with contextlib.nullcontext(where) if remote else running(where) as url:
+        while line := _ask():
+            messages.append({"role": "user", "content": line})
+            said = ""
+            for piece in stream_chat(url, messages, temperature=temperature, max_tokens=max_tokens):
+                said += piece
+                click.echo(piece, nl=False)
+            click.echo()
+            messages.append({"role": "assistant", "content": said})
+
+
+def _ask() -> str:
+    try:
+        return str(click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True))
+    except click.Abort:
+        return ""

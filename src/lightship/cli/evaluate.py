@@ -1,0 +1,24 @@
+"""Evaluate a bundle against its original: quality on held-out text, speed, memory, size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lightship.cli.display import stages
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("source")
+@click.option("--text", type=click.Path(), help="Score on this file: plain text, or chat JSONL.")
+@click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(bundle: str, source: str, text: str | None, level: str, as_json: bool) -> None:
+    """Measure BUNDLE against the original SOURCE."""
+    from lightship.pipeline import evaluate
+
+    with stages() as progress:
+        report = evaluate(Path(bundle), source, text, level, progress=progress)
+    click.echo(report.to_json() if as_json else report.to_markdown())
