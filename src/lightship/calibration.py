@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from lightship.errors import UsageError
 Encode = Callable[[str], list[int]]
 Render = Callable[[list[dict[str, Any]]], list[tuple[str, bool]]]
 CALIBRATION_SHARE = 0.25
+DOCUMENT_CHARACTERS = 2000
+REPEAT_CHARACTERS = 40  # a paragraph this long that occurs twice is a repetition, not a coincidence
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,27 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Passages:
+    """Token sequences of one length to calibrate or score with.
+
+    `masks[row][i]`: token i of the row is scored, that is predicted from the tokens before it (never token 0).
+    `digest` is the SHA-256 of the text they come from. `bytes_per_token`: UTF-8 bytes of the scorable text divided by
+    its tokens, over every document used; multiply by scored tokens for the bytes that bits per byte divides by.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    masks: tuple[tuple[bool, ...], ...]
+    name: str
+    digest: str
+    bytes_per_token: float
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return sum(map(sum, self.masks))
+
+
+@dataclass(frozen=True)
 class Text:
     """Named documents, without duplicates."""
 
@@ -42,12 +67,16 @@ class Text:
     default: bool = False
 
     def split(self) -> tuple[Text, Text]:
-        """(calibration, scoring): about a quarter of the documents by hash, and the rest; never overlapping."""
+        """(calibration, scoring): about a quarter of the documents by hash, and the rest; never overlapping.
+
+        Documents are ordered by digest, so neither their order in the file nor other documents move one across.
+        """
+        documents = sorted(self.documents, key=lambda document: document.digest)
         bound = int(CALIBRATION_SHARE * 16**8)
-        calibration = [doc for doc in self.documents if int(doc.digest[:8], 16) < bound]
-        scoring = [doc for doc in self.documents if int(doc.digest[:8], 16) >= bound]
-        if not calibration or not scoring:  # a single document or an unlucky few: by position
-            calibration, scoring = list(self.documents[::4]), [d for i, d in enumerate(self.documents) if i % 4]
+        calibration = [document for document in documents if int(document.digest[:8], 16) < bound]
+        scoring = [document for document in documents if int(document.digest[:8], 16) >= bound]
+        if not calibration or not scoring:  # an unlucky few: by position; a single document can only score
+            calibration, scoring = documents[1::4], [doc for index, doc in enumerate(documents) if index % 4 != 1]
         return Text(self.name, tuple(calibration), self.default), Text(self.name, tuple(scoring), self.default)
 
     @property
@@ -57,19 +86,69 @@ class Text:
 
     def chunks(self, encode: Encode, length: int, count: int) -> list[tuple[list[int], list[bool]]]:
         """Up to `count` runs of exactly `length` tokens with their score marks, documents joined, none overlapping."""
+        ids, marks, _ = self._tokens(encode, length * count)
+        whole = min(count, len(ids) // length)
+        if not whole:
+            raise self._too_short(len(ids), length)
+        return [(ids[i * length : (i + 1) * length], marks[i * length : (i + 1) * length]) for i in range(whole)]
+
+    def encode(self, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
+        """Up to `count` sequences of exactly `length` tokens, second half scored as llama.cpp's perplexity tool does.
+
+        `tokenize` must add no special tokens. `start` (a begin-of-text id) is put before every sequence, unscored,
+        and counts towards `length`. Raises `UsageError` when the text does not fill one sequence.
+        """
+        body = length - (start is not None)
+        if body < 2 or count < 1:
+            raise UsageError(f"sequences of {length} tokens, {count} of them, cannot be scored", hint="use more tokens")
+        ids, marks, bytes_per_token = self._tokens(tokenize, body * count)
+        whole = min(count, len(ids) // body)
+        if not whole:
+            raise self._too_short(len(ids), body)
+        first = () if start is None else (start,)
+        rows = [range(i * body, (i + 1) * body) for i in range(whole)]
+        sequences = tuple(first + tuple(ids[i] for i in row) for row in rows)
+        padded = [(False,) * len(first) + tuple(marks[i] for i in row) for row in rows]
+        masks = tuple(tuple(mark and i >= length // 2 for i, mark in enumerate(row)) for row in padded)
+        if not any(map(any, masks)):
+            raise UsageError(f"{self.name}: no assistant token lies in the second half of a {length}-token sequence",
+                             hint="use longer assistant messages, or more of them")  # fmt: skip
+        return Passages(sequences, masks, self.name, self.digest, bytes_per_token)
+
+    def _tokens(self, encode: Encode, enough: int) -> tuple[list[int], list[bool], float]:
+        """Token ids and score marks of whole documents until there are `enough`, and bytes per scorable token."""
         ids: list[int] = []
         marks: list[bool] = []
+        size = 0
         for document in self.documents:
             for text, scored in document.pieces:
                 found = encode(text)
                 ids += found
                 marks += [scored] * len(found)
-            if len(ids) >= length * count:
+                size += len(text.encode()) * scored
+            if len(ids) >= enough:
                 break
-        whole = min(count, len(ids) // length)
-        if not whole:
-            raise UsageError(f"{self.name} gives {len(ids)} tokens; at least {length} are needed", hint="use a longer text")
-        return [(ids[i * length : (i + 1) * length], marks[i * length : (i + 1) * length]) for i in range(whole)]
+        return ids, marks, size / max(sum(marks), 1)
+
+    def _too_short(self, found: int, length: int) -> UsageError:
+        characters = len("".join(document.text for document in self.documents))
+        per_token = characters / found if found else 4.0
+        return UsageError(
+            f"{self.name} is too short: its part for this purpose has {len(self.documents)} documents with {found} "
+            f"tokens; one sequence needs {length}",
+            hint=f"use a text of at least {_needed(length * per_token)} characters "
+                 f"({CALIBRATION_SHARE:.0%} of the documents calibrate, the rest score)",
+        )  # fmt: skip
+
+
+def _needed(characters: float) -> str:
+    """Characters of a whole text whose smaller part fills `characters`, generously: documents are assigned by hash."""
+    return f"{round(2 * (characters + DOCUMENT_CHARACTERS) / CALIBRATION_SHARE, -3):,.0f}"
+
+
+def calibration_set(text: Text, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
+    """Sequences to calibrate with: from the documents that are never scored."""
+    return text.split()[0].encode(tokenize, length, count, start=start)
 
 
 def _text(name: str, documents: Iterable[Document], default: bool = False) -> Text:
@@ -80,11 +159,19 @@ def _text(name: str, documents: Iterable[Document], default: bool = False) -> Te
 
 
 def default_text() -> Text:
-    """The language reference that every Python carries (`pydoc_data.topics`): English prose with code."""
+    """The language reference that every Python carries (`pydoc_data.topics`): English prose with code.
+
+    Its long topics contain the short ones, word for word: repeated paragraphs stay in the longest topic only. The
+    text differs between minor versions of Python; the name and the digest say which.
+    """
     from pydoc_data import topics
 
-    documents = (Document(((text.strip() + "\n\n", True),)) for _, text in sorted(topics.topics.items()))
-    return _text("pydoc_data.topics", documents, default=True)
+    whole = sorted(set(topics.topics.values()), key=lambda topic: (-len(topic), topic))
+    seen: set[str] = set()
+    kept = ("\n\n".join(_unrepeated(paragraphs(topic), seen)).strip() for topic in whole)
+    documents = (Document(((topic + "\n\n", True),)) for topic in kept if len(topic) >= 200)
+    version = ".".join(platform.python_version_tuple()[:2])
+    return _text(f"pydoc_data.topics of Python {version}", documents, default=True)
 
 
 def read_text(path: Path, render: Render) -> Text:
@@ -93,15 +180,27 @@ def read_text(path: Path, render: Render) -> Text:
     `render` turns messages into pieces, marking the assistant's. Raises `UsageError` naming the line at fault.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
+                         hint="convert it, for example with iconv -t utf-8") from error  # fmt: skip
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise UsageError(f"{path} is empty", hint="give plain text, or chat JSONL")
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-        return _text(path.name, (Document(tuple(render(_messages(path, *line)))) for line in lines))
-    return _text(path.name, _paragraphs(content))
+        # not splitlines(): U+2028 and friends may stand unescaped inside a JSON string
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return _text(path.name, _conversations(path, lines, render))
+    return _text(path.name, _blocks(_unrepeated(paragraphs(content), set())))
+
+
+def _conversations(path: Path, lines: Sequence[tuple[int, str]], render: Render) -> Iterator[Document]:
+    for number, line in lines:
+        pieces = tuple(render(_messages(path, number, line)))
+        if not any(scored for _, scored in pieces):
+            raise UsageError(f"{path}, line {number}: no message of the assistant, so nothing to score")
+        yield Document(pieces)
 
 
 def _messages(path: Path, number: int, line: str) -> list[dict[str, Any]]:
@@ -109,17 +208,65 @@ def _messages(path: Path, number: int, line: str) -> list[dict[str, Any]]:
         messages = json.loads(line)["messages"]
         if not messages or any(not isinstance(entry["content"], str) or not entry["role"] for entry in messages):
             raise ValueError("messages need a role and text content")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f'{path}, line {number}: expected {{"messages": [{{"role", "content"}}, …]}}, {error!r}') from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        expected = 'expected {"messages": [{"role", "content"}, …]}'
+        raise UsageError(f"{path}, line {number}: {expected}, {error!r}") from error
     found: list[dict[str, Any]] = messages
     return found
 
 
-def _paragraphs(content: str, least: int = 2000) -> Iterable[Document]:
+def render_with(template: Callable[[list[dict[str, Any]], bool], str]) -> Render:
+    """A `Render` from a chat template `(messages, add_generation_prompt) -> str`: the scored pieces are what the model
+    itself would have to write, its turn-ending marker included, the role header not."""
+
+    def render(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+        whole = template(messages, False)
+        pieces: list[tuple[str, bool]] = []
+        done = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or not index:
+                continue
+            prompt = template(messages[:index], True)
+            end = len(template(messages[: index + 1], False).rstrip())
+            start = max(done, _common(prompt, whole))
+            if start < end <= len(whole):
+                pieces += [(whole[done:start], False), (whole[start:end], True)]
+                done = end
+        return [piece for piece in [*pieces, (whole[done:], False)] if piece[0]]
+
+    return render
+
+
+def _common(left: str, right: str) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def paragraphs(content: str) -> list[str]:
+    """Blocks between blank lines, line ends unified."""
+    return [block for block in re.split(r"\n(?:[ \t]*\n)+", content.replace("\r\n", "\n")) if block.strip()]
+
+
+def paragraph_keys(content: str) -> set[str]:
+    """What counts as the same paragraph: long ones, white space folded."""
+    return {key for key in (" ".join(block.split()) for block in paragraphs(content)) if len(key) >= REPEAT_CHARACTERS}
+
+
+def _unrepeated(blocks: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """`blocks` without the long ones in `seen`, to which they are added: no paragraph may calibrate and score."""
+    for block in blocks:
+        key = " ".join(block.split())
+        if len(key) >= REPEAT_CHARACTERS and key in seen:
+            continue
+        seen.add(key)
+        yield block
+
+
+def _blocks(blocks: Iterable[str], least: int = DOCUMENT_CHARACTERS) -> Iterator[Document]:
     """Documents of whole paragraphs, each of at least `least` characters but the last."""
     held: list[str] = []
-    for paragraph in content.split("\n\n"):
-        held.append(paragraph)
+    for block in blocks:
+        held.append(block)
         if sum(map(len, held)) >= least:
             yield Document((("\n\n".join(held) + "\n\n", True),))
             held = []

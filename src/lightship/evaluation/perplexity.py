@@ -6,6 +6,7 @@ As llama.cpp's perplexity tool: chunks of 512 tokens without overlap, the second
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,29 +15,99 @@ from lightship.errors import LightshipError
 from lightship.evaluation.divergence import Comparison
 from lightship.report import Metric
 
+Values = npt.NDArray[np.floating]
 
-def quality(found: Comparison, text_bytes: int) -> list[Metric]:
+
+def quality(found: Comparison, text_bytes: float) -> list[Metric]:
     """The quality metrics of a comparison; `text_bytes` is the UTF-8 length of the scored tokens."""
-    labelled = np.isfinite(found.original)
-    original, candidate = -found.original[labelled].astype(float), -found.candidate[labelled].astype(float)
-    if not np.isfinite(candidate).all() or not np.isfinite(found.kld).all():
-        raise LightshipError("the candidate's loss is not finite on the held-out text", hint="it computes NaN somewhere")
+    if not np.isfinite(found.kld).all():
+        raise LightshipError("the candidate's divergence is not finite on the held-out text",
+                             hint="it computes NaN or infinity somewhere")  # fmt: skip
+    labelled = ~np.isnan(found.original)
+    original, candidate = found.original[labelled].astype(np.float64), found.candidate[labelled].astype(np.float64)
     n = len(found.kld)
     share = float(found.top1.mean())
-    scale = len(candidate) / math.log(2) / text_bytes
     return [
         Metric("kld", float(found.kld.mean()), "nats/token", n, _stderr(found.kld), "lower", 0.0,
                "mean KL(original ‖ candidate) over the whole vocabulary, second half of 512-token chunks"),
         Metric("kld_p99", float(np.quantile(found.kld, 0.99)), "nats/token", n, None, "lower", 0.0, "99th percentile"),
         Metric("top1", share, "share", n, math.sqrt(share * (1 - share) / n), "higher", 1.0,
                "positions where original and candidate rank the same token first"),
-        Metric("perplexity", math.exp(candidate.mean()), "", len(candidate), math.exp(candidate.mean()) * _stderr(candidate),
-               "lower", math.exp(original.mean()), "exp(mean negative log-likelihood per token)"),
-        Metric("bits_per_byte", candidate.mean() * scale, "bits/byte", len(candidate), _stderr(candidate) * scale,
-               "lower", original.mean() * scale, "negative log-likelihood / ln 2 / UTF-8 bytes of the scored text"),
+        *perplexity([original], [candidate], text_bytes),
     ]  # fmt: skip
 
 
-def _stderr(values: npt.NDArray[np.floating]) -> float:
+def perplexity(original: Sequence[Values], candidate: Sequence[Values], text_bytes: float) -> list[Metric]:
+    """Perplexity, bits per byte and the paired perplexity ratio, from log-probabilities (nats) of the scored tokens.
+
+    One array per passage, the same tokens for both models; `text_bytes` is the UTF-8 length of those tokens. With two
+    or more passages the standard errors treat each passage as one draw (its tokens are correlated), else each token;
+    exp and ratio by the delta method. Raises `LightshipError` for a value that is not finite or above 0.
+    """
+    _check(original, candidate, text_bytes)
+    before, after = _mean(original), _mean(candidate)
+    error = mean_stderr(candidate)
+    n = sum(map(len, candidate))
+    scale = n / math.log(2) / text_bytes
+    drawn = "passages" if len(candidate) > 1 else "tokens"
+    shift = mean_stderr([c - o for o, c in zip(original, candidate, strict=True)])
+    return [
+        Metric("perplexity", _exp(-after), "", n, _times(_exp(-after), error), "lower", _exp(-before),
+               f"exp(mean negative log-likelihood per token); s.e. over {drawn}, delta method"),
+        Metric("bits_per_byte", -after * scale, "bits/byte", n, _times(scale, error), "lower", -before * scale,
+               f"negative log-likelihood / ln 2 / UTF-8 bytes of the scored text; s.e. over {drawn}"),
+        Metric("perplexity_ratio", _exp(before - after), "×", n, _times(_exp(before - after), shift), "lower", 1.0,
+               f"exp(mean log p(original) − log p(this)) on the same tokens; paired s.e. over {drawn}, delta method"),
+    ]  # fmt: skip
+
+
+def mean_stderr(passages: Sequence[Values]) -> float | None:
+    """Standard error of the mean over all values: clustered by passage when there are two or more.
+
+    Cluster-robust: √(C/(C−1) · Σ_c (Σ_{i∈c} (x_i − x̄))²) / n (Cameron & Miller 2015). None for a single value.
+    """
+    values = np.concatenate(passages).astype(np.float64)
+    clusters = [passage for passage in passages if len(passage)]
+    if len(clusters) < 2:
+        return _stderr(values)
+    mean = values.mean()
+    residuals = np.array([(np.asarray(passage, np.float64) - mean).sum() for passage in clusters])
+    return float(math.sqrt(len(clusters) / (len(clusters) - 1) * float((residuals**2).sum())) / len(values))
+
+
+def _check(original: Sequence[Values], candidate: Sequence[Values], text_bytes: float) -> None:
+    if [len(passage) for passage in original] != [len(passage) for passage in candidate]:
+        raise LightshipError("original and candidate were not scored on the same tokens")
+    if not sum(map(len, candidate)) or not text_bytes > 0:
+        raise LightshipError("no token was scored: there is nothing to compute perplexity from")
+    for whose, passages in (("original", original), ("candidate", candidate)):
+        values = np.concatenate(passages)
+        if not np.isfinite(values).all():
+            raise LightshipError(
+                f"the {whose}'s loss is not finite on {int((~np.isfinite(values)).sum())} of {len(values)} tokens of "
+                "the held-out text",
+                hint="it computes NaN or infinity somewhere",
+            )
+        if values.max() > 1e-3:
+            raise LightshipError(f"the {whose} gave a log-probability above 0: {float(values.max()):.4g}")
+
+
+def _mean(passages: Sequence[Values]) -> float:
+    return float(np.concatenate(passages).mean(dtype=np.float64))
+
+
+def _exp(value: float) -> float:
+    """exp, or a `LightshipError` where it leaves float64: a report holds no infinity."""
+    try:
+        return math.exp(value)
+    except OverflowError as error:
+        raise LightshipError(f"the mean loss differs by {value:.4g} nats per token: perplexity overflows") from error
+
+
+def _times(factor: float, error: float | None) -> float | None:
+    return None if error is None else factor * error
+
+
+def _stderr(values: Values) -> float | None:
     """Standard error of the mean."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,17 +14,28 @@ from lightship.find import find
 from lightship.report import Metric
 
 
-def main(target: str, folder: str, repeats: str) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Load, measure, print."""
-    began = time.perf_counter()
-    engine = find("targets", target).open(Path(folder), EngineSettings(prefix_cache=False))
-    loaded = time.perf_counter() - began
-    metrics = [Metric("load", loaded, "s", 1, None, "lower", None, "open() in a fresh process, files in the page cache")]
-    metrics += speed.measure(engine, repeats=int(repeats))
-    metrics.append(Metric("peak_rss", float(memory.peak_rss_bytes()), "bytes", 1, None, "lower", None,
-                          "VmHWM of a fresh process that loads the model and generates, 1 GiB KV cache"))  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m lightship.evaluation.probe")
+    parser.add_argument("target")
+    parser.add_argument("folder", type=Path)
+    for option, default in (("--prompt", 256), ("--new", 64), ("--repeats", 5)):
+        parser.add_argument(option, type=int, default=default)
+    asked = parser.parse_args(arguments)
+    settings = EngineSettings(prefix_cache=False)
+    metrics = speed.measure_speed(
+        lambda: find("targets", asked.target).open(asked.folder, settings),
+        prompt=asked.prompt,
+        new_tokens=asked.new,
+        repeats=asked.repeats,
+    )
+    peak = memory.peak_rss_bytes()
+    if peak:
+        metrics.append(Metric("peak_rss", float(peak), "bytes", 1, None, "lower", None,
+                              "VmHWM of a fresh process that loads the model and generates, KV cache up to "
+                              f"{settings.kv_cache_gb:g} GiB"))  # fmt: skip
     print(json.dumps([asdict(metric) for metric in metrics]))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main()

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lightship.errors import ContextTooLong, RequestError, UnsupportedError
+from lightship.serving.text import load_tokenizer
 from lightship.template import ChatTemplate, load_template
 
 
@@ -31,36 +32,42 @@ class ServedModel:
     def load(name: str, digest: str, folder: Path) -> ServedModel:
         """Read configuration, tokenizer and template of the runtime folder `folder`."""
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not (folder / "tokenizer.json").is_file():
-            raise UnsupportedError(f"{folder} has no tokenizer.json, so it cannot serve text")
+        if not isinstance(config.get("vocab_size"), int):
+            raise UnsupportedError(f"{folder / 'config.json'} has no vocab_size")
         context = config.get("max_position_embeddings") or config.get("n_positions") or 2048
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return ServedModel(name, digest, int(context), int(config["vocab_size"]), tokenizer, load_template(folder))
+        return ServedModel(
+            name, digest, int(context), config["vocab_size"], load_tokenizer(folder), load_template(folder)
+        )
 
     def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The prompt of a chat. Raises `RequestError` when the model has no chat template."""
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        text = self.template.render(messages)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(self.template.render(messages), special=False)
 
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The prompt of a completion; token ids are checked against the vocabulary."""
         if isinstance(prompt, str):
-            ids: list[int] = self.tokenizer.encode(prompt).ids
-            return ids
-        if min(prompt) < 0 or max(prompt) >= self.vocabulary:
-            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", "prompt", "invalid_token_id")
+            return self._encode(prompt, special=True)
         return list(prompt)
+
+    def question_tokens(self, question: str) -> list[int]:
+        """The prompt for one question: as a chat where the model has a template, plain where it has none."""
+        return self.chat_tokens([{"role": "user", "content": question}]) if self.template else self.prompt_tokens(question)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
 
     def room(self, tokens: Sequence[int], wanted: int | None, param: str) -> int:
         """How many tokens may be generated: `wanted`, or all that the context leaves. Nothing is ever cut off."""
         if not tokens:
             raise RequestError("the prompt is empty", param)
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", param, "invalid_token_id")
         left = self.context - len(tokens)
         if left < (wanted or 1):
-            asked = f" and {wanted} to generate" if wanted else ""
+            asked = f" and {wanted} are to be generated" if wanted else ""
             raise ContextTooLong(
                 f"This model's maximum context length is {self.context} tokens; the prompt has {len(tokens)}{asked}.", param
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,7 +11,7 @@ from lightship.errors import RequestError
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Body):
@@ -19,6 +19,9 @@ class StreamOptions(_Body):
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Sampling(_Body):
@@ -34,7 +37,7 @@ class Sampling(_Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
-    stop: Annotated[str, Field(max_length=1000)] | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=4)] | None = None  # noqa: E501
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=1000)
@@ -43,10 +46,7 @@ class Sampling(_Body):
 
     def stops(self) -> list[str]:
         """The stop strings."""
-        stops = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
-        if any(not stop for stop in stops):
-            raise RequestError("stop strings must not be empty", "stop")
-        return stops
+        return [self.stop] if isinstance(self.stop, str) else (self.stop or [])
 
     def params(self, max_tokens: int) -> GenerationParams:
         """For the engine. The temperature defaults to 1, as in OpenAI's API."""
@@ -66,8 +66,10 @@ class Sampling(_Body):
         """Raise for what this server cannot do."""
         _refuse("n", self.n, (None, 1))
         _refuse("logit_bias", self.logit_bias, (None, {}))
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream: true", "stream_options")
+        if self.stream_options is not None:
+            _refuse("include_obfuscation", self.stream_options.include_obfuscation, (None, False))
+            if not self.stream:
+                raise RequestError("stream_options needs stream: true", "stream_options")
 
 
 class TextPart(_Body):
@@ -107,6 +109,10 @@ class ChatRequest(Sampling):
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
+        for index, message in enumerate(self.messages):
+            _refuse(f"messages.{index}.name", message.name, (None,))
         _refuse("response_format", self.response_format, (None, {"type": "text"}))
         _refuse("logprobs", self.logprobs, (None, False))
         _refuse("top_logprobs", self.top_logprobs, (None, 0))
@@ -114,17 +120,29 @@ class ChatRequest(Sampling):
         _refuse("tool_choice", self.tool_choice, (None, "none", "auto"))
 
 
+PromptText = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[int], Field(min_length=1, max_length=1_000_000)]
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: Annotated[str, Field(min_length=1)] | TokenIds
+    prompt: PromptText | TokenIds | Annotated[list[PromptText] | list[TokenIds], Field(min_length=1, max_length=1000)]
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+    def single(self) -> str | list[int]:
+        """The prompt, alone or in a list of one. Raises `RequestError` for several."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt[0], int):
+            return cast("list[int]", prompt)
+        if len(prompt) > 1:
+            raise RequestError(f"one prompt a request; {len(prompt)} were given", "prompt", "unsupported_parameter")
+        return prompt[0]
 
     def limit(self) -> int | None:
         """The most tokens asked for; 16 by default, as in OpenAI's API."""

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from lightship.errors import UnsupportedError
+
 BROKEN = "\ufffd"
+UNFINISHED = 3  # tokens that may hold the beginning of one character: UTF-8 needs at most 4 bytes
+WINDOW = 16  # tokens decoded again at most, however long nothing visible arrives
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """`tokenizer.json` of `folder`, with its truncation and padding switched off: a prompt is never cut silently."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UnsupportedError(f"{folder} has no tokenizer.json, so it cannot serve text")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UnsupportedError(f"{path} cannot be read: {str(error)[:200]}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextStream:
     """Text of a growing token list. `push` returns what is certain; `finish` the rest. `stopped` tells that a stop
-    string was met: it and what follows are left out."""
+    string was met: it and what follows are left out. Every token is decoded a bounded number of times."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._ids: list[int] = []
-        self._from = 0  # start of the window that is decoded again
-        self._read = 0  # tokens whose text was taken
+        self._ids: list[int] = []  # from the start of the window that is decoded again
+        self._read = 0  # how many of them are already text
         self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False
 
@@ -36,12 +54,27 @@ class TextStream:
     def _decode(self, complete: bool) -> str:
         """Text of the tokens not yet read. Decoding starts a few tokens back, since some tokenizers join or space by
         context; a trailing broken character waits for the tokens that complete it."""
-        before = self._tokenizer.decode(self._ids[self._from : self._read])
-        now = self._tokenizer.decode(self._ids[self._from :])
-        if len(now) <= len(before) or (now.endswith(BROKEN) and not complete):
-            return ""
-        self._from, self._read = self._read, len(self._ids)
+        end = len(self._ids)
+        now = self._tokenizer.decode(self._ids)
+        if now.endswith(BROKEN) and not complete:
+            if end - self._read <= UNFINISHED:
+                return ""
+            end, now = self._certain()
+        before = self._tokenizer.decode(self._ids[: self._read])
+        if len(now) > len(before) or end > WINDOW:
+            del self._ids[: self._read]
+            self._read = end - self._read
         return now[len(before) :]
+
+    def _certain(self) -> tuple[int, str]:
+        """The longest part, 1 to `UNFINISHED` tokens shorter, that ends in a whole character. When there is none, the
+        shortest: what has stayed broken for so many bytes is not UTF-8, and waiting does not mend it."""
+        for back in range(1, UNFINISHED + 1):
+            end = len(self._ids) - back
+            text = self._tokenizer.decode(self._ids[:end])
+            if not text.endswith(BROKEN):
+                break
+        return end, text
 
     def _match(self, new: str) -> str:
         if self.stopped or not self._stops:
@@ -51,7 +84,7 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

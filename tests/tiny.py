@@ -1,0 +1,50 @@
+"""Tiny random models with real tokenizers, built by the tests. `initializer_range` is wide: at the usual 0.02 a wrong
+RoPE base moves nothing, and a gate that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightship.checkpoint import Checkpoint
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def tiny_tokenizer(folder: Path, size: int = 512) -> int:
+    """A byte-level BPE trained on the Python language reference; returns the vocabulary size."""
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(sorted(topics.values()), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def tiny_llama(folder: Path, **changes) -> Checkpoint:
+    """A llama of two layers in `folder`; `changes` go into its LlamaConfig."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    vocabulary = tiny_tokenizer(folder)
+    options = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.25, "vocab_size": vocabulary,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(folder)
+    return Checkpoint(folder)
