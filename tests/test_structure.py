@@ -12,7 +12,18 @@ import lightship
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lightship"
-STAGES = {"sources", "compression", "targets", "evaluation", "search", "security", "serving", "tasks", "knowledge", "scaling"}
+STAGES = {
+    "sources",
+    "compression",
+    "targets",
+    "evaluation",
+    "search",
+    "security",
+    "serving",
+    "tasks",
+    "knowledge",
+    "scaling",
+}
 
 
 def modules():
@@ -21,13 +32,15 @@ def modules():
 
 def part(module: str) -> str:
     """`lightship.targets.openvino` → `targets`."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightship"):
-            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module == "lightship" else [node.module])
+            yield from (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "lightship" else [node.module]
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("lightship"))
 

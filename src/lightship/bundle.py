@@ -36,7 +36,7 @@ class Bundle:
 
     @staticmethod
     def open(path: Path | str) -> Bundle:
-        """Verify everything, then return the bundle. Raises `IncompleteBundle`, `TamperedBundle`, `UnsupportedError`."""
+        """Verify everything, then return the bundle. Raises `BundleError` (see there) or `UnsupportedError`."""
         folder = Path(path)
         raw = _manifest_bytes(folder)
         manifest = _parse(raw)
@@ -112,7 +112,9 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise TamperedBundle(f"{MANIFEST} does not say format {FORMAT!r}", hint=REBUILD)
     version = manifest.get("version")
     if not isinstance(version, int) or version > VERSION:
-        raise UnsupportedError(f"bundle version {version!r}; this lightship reads up to {VERSION}", hint="upgrade lightship")
+        raise UnsupportedError(
+            f"bundle version {version!r}; this lightship reads up to {VERSION}", hint="upgrade lightship"
+        )
     files = manifest.get("files")
     targets = manifest.get("targets")
     if not isinstance(files, dict) or not isinstance(targets, list) or not isinstance(manifest.get("name"), str):
@@ -128,7 +130,9 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 def _check_name(name: Any) -> None:
     """Only normalised relative POSIX paths below the bundle."""
-    plain = isinstance(name, str) and name and "\\" not in name and "\0" not in name and str(PurePosixPath(name)) == name
+    plain = (
+        isinstance(name, str) and name and "\\" not in name and "\0" not in name and str(PurePosixPath(name)) == name
+    )
     if not plain or name.startswith("/") or ".." in name.split("/") or name in (".", MANIFEST):
         raise TamperedBundle(f"{MANIFEST} lists a path outside the bundle: {name!r}", hint=REBUILD)
 
@@ -161,7 +165,9 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
     for name in sorted(set(files) - present):
         raise IncompleteBundle(f"{folder}: {name} is missing", hint=REBUILD)
     for name in sorted(present - set(files)):
-        raise TamperedBundle(f"{folder}: {name} is not in the manifest", hint="remove it if you put it there; " + REBUILD)
+        raise TamperedBundle(
+            f"{folder}: {name} is not in the manifest", hint="remove it if you put it there; " + REBUILD
+        )
     for name, entry in files.items():
         if (folder / name).stat().st_size != entry["size"]:
             raise TamperedBundle(f"{folder}: {name} has not the size the manifest states", hint=REBUILD)

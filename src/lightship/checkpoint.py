@@ -127,6 +127,8 @@ class Checkpoint:
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
             if info.get(kind):
                 found = sorted(str(key) for key in info[kind])
-                raise SourceError(f"{self.folder}: {kind.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
+                raise SourceError(
+                    f"{self.folder}: {kind.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)"
+                )
         loaded: PreTrainedModel = model.eval()
         return loaded

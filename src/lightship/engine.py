@@ -1,4 +1,4 @@
-"""A loaded model. `Engine` generates, `Scorer` returns full logits; `FakeEngine` is the deterministic double for tests."""
+"""A loaded model: `Engine` generates, `Scorer` returns full logits; `FakeEngine` is the double for tests."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ class Engine(Protocol):
 class Scorer(Protocol):
     """A model that returns the logits of every position: what gates and evaluation read."""
 
-    def logits(
-        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
+    def logits(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`ids`, `mask`: (batch, length), padding on the left. Returns (batch, length, vocabulary), float32."""
         ...
 

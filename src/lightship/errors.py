@@ -1,21 +1,21 @@
 """The error tree. Every message says what was received, what was expected, and (hint) what to do.
 
-    LightshipError
-    ├── UsageError            a wrong argument, option or path           exit 2   HTTP 400
-    │   ├── UnknownName       a step, target or source nobody knows
-    │   └── RequestError      an API request that cannot be served as asked
-    │       └── ContextTooLong
-    ├── SourceError           the model given cannot be read             exit 2
-    │   └── UnsafeSource      it could run code, so it is refused
-    ├── UnsupportedError      known, and not possible here               exit 2   HTTP 400
-    ├── MissingExtra          a package of an extra is not installed     exit 2
-    ├── LimitExceeded         a measured figure is above its limit       exit 1
-    ├── BundleError           a bundle is not what it was                exit 1
-    │   ├── IncompleteBundle
-    │   └── TamperedBundle
-    └── EngineError           the running engine failed                  exit 2   HTTP 500
-        ├── Overloaded                                                            HTTP 429
-        └── EngineDied                                                            HTTP 503
+LightshipError
+├── UsageError            a wrong argument, option or path           exit 2   HTTP 400
+│   ├── UnknownName       a step, target or source nobody knows
+│   └── RequestError      an API request that cannot be served as asked
+│       └── ContextTooLong
+├── SourceError           the model given cannot be read             exit 2
+│   └── UnsafeSource      it could run code, so it is refused
+├── UnsupportedError      known, and not possible here               exit 2   HTTP 400
+├── MissingExtra          a package of an extra is not installed     exit 2
+├── LimitExceeded         a measured figure is above its limit       exit 1
+├── BundleError           a bundle is not what it was                exit 1
+│   ├── IncompleteBundle
+│   └── TamperedBundle
+└── EngineError           the running engine failed                  exit 2   HTTP 500
+    ├── Overloaded                                                            HTTP 429
+    └── EngineDied                                                            HTTP 503
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def _import(module: str, path: Path) -> ModuleType:
 def _extra(path: Path) -> str:
     """The value of `EXTRA = "…"` in a file that could not be imported."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            if any(isinstance(target, ast.Name) and target.id == "EXTRA" for target in node.targets):
-                return str(node.value.value)
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == "EXTRA" for target in node.targets):
+            return str(node.value.value)
     return "build"

@@ -92,7 +92,9 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield work
     except OSError as error:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise LightshipError(f"the disk below {out.parent} is full", hint="free space or choose another --out") from error
+            raise LightshipError(
+                f"the disk below {out.parent} is full", hint="free space or choose another --out"
+            ) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -111,7 +113,7 @@ def _replace(finished: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """Token sequences: `gate` one long run, `score` the held-out chunks with masks, `calibrate` for data-aware steps."""
+    """Token sequences: `gate` one long run, `score` held-out chunks with marks, `calibrate` for data-aware steps."""
 
     gate: tuple[int, ...]
     score: list[tuple[list[int], list[bool]]]
@@ -370,7 +372,11 @@ def machine() -> dict[str, Any]:
         key, _, value = line.partition(":")
         name = value.strip() if key.strip() == "model name" else name
         flags = value if key.strip() == "flags" else flags
-    features = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags.split()]
+    features = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+        if flag in flags.split()
+    ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": name, "cores": cores, "features": features, "system": platform.platform(terse=True)}
 
@@ -438,7 +444,7 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
     limit = float(bundle.report.meta["limit_kld"])
     if not kld.value <= limit:
         raise LimitExceeded(f"on this machine mean KLD is {kld.value:.3g}, above the bundle's limit {limit:g}",
-                            hint="its settings or libraries differ from where it was shipped; do not serve it here")  # fmt: skip
+                            hint="its settings or libraries differ from where it was shipped")  # fmt: skip
     meta = {"title": f"{bundle.name} on this machine", "bundle": bundle.digest, "machine": machine(),
             "versions": versions(), "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})"}  # fmt: skip
     return Report(tuple(metrics), meta)
@@ -459,7 +465,8 @@ def _golden_divergence(bundle: Bundle, scorer: Scorer) -> Metric:
     kld = np.concatenate(values)
     if not np.isfinite(kld).all():
         raise LimitExceeded("the bundle computes NaN or infinity on this machine")
-    return Metric("gate_kld", float(kld.mean()), "nats/token", len(kld), float(kld.std() / np.sqrt(len(kld))), "lower", 0.0,
+    stderr = float(kld.std() / np.sqrt(len(kld)))
+    return Metric("gate_kld", float(kld.mean()), "nats/token", len(kld), stderr, "lower", 0.0,
                   f"KL over the original's {GOLDEN_TOP} likeliest tokens and one bucket for the rest")  # fmt: skip
 
 

@@ -62,14 +62,16 @@ class Report:
         rows = [["measure", "original", "this", "ratio", "± s.e.", "n"]]
         for metric in self.metrics:
             ratio = metric.ratio()
-            rows.append([
-                f"{metric.name} ({metric.unit})",
-                figure(metric.baseline),
-                figure(metric.value),
-                f"{ratio:.2f}×" if ratio is not None and metric.baseline else "",
-                figure(metric.stderr),
-                str(metric.n),
-            ])
+            rows.append(
+                [
+                    f"{metric.name} ({metric.unit})",
+                    figure(metric.baseline),
+                    figure(metric.value),
+                    f"{ratio:.2f}×" if ratio is not None and metric.baseline else "",
+                    figure(metric.stderr),
+                    str(metric.n),
+                ]
+            )
         return f"**{self.meta.get('verdict', '')}**\n\n{table(rows)}"
 
     def to_html(self) -> str:
@@ -91,15 +93,19 @@ def figure(value: float | None) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its first row the heading, columns padded to read well in a terminal."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
 
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2330;--dim:#667;--bar:#2f6fde;--base:#9aa4b5;--page:#fff;--line:#dde}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ecf4;--dim:#9ab;--bar:#6ea1ff;--base:#5a6575;--page:#12161d;--line:#2a3240}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:62rem;margin:2rem auto;padding:0 1rem}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e8ecf4;--dim:#9ab;--bar:#6ea1ff;--base:#5a6575;--page:#12161d;--line:#2a3240}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:62rem;
+margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{padding:.3rem .6rem;text-align:right;
 border-bottom:1px solid var(--line)}td:first-child,th:first-child{text-align:left}.verdict{font-size:1.2rem}
 .method,pre{color:var(--dim);font-size:.85rem}svg text{fill:var(--ink);font:13px system-ui}pre{overflow:auto}
@@ -126,7 +132,7 @@ def _page(report: Report) -> str:
 
 
 def _bars(report: Report) -> str:
-    """Original and candidate as bars, for every metric that has a positive baseline and a size, speed or memory unit."""
+    """Original and candidate as bars, for every metric of size, speed or memory that has a baseline."""
     drawn = [m for m in report.metrics if m.baseline and m.unit in ("bytes", "tokens/s", "s", "MB")]
     if not drawn:
         return ""
@@ -135,7 +141,12 @@ def _bars(report: Report) -> str:
         top, widest = row * 54, max(metric.value, metric.baseline or 0.0)
         for offset, value, colour in ((18, metric.baseline or 0.0, "--base"), (34, metric.value, "--bar")):
             width = 520 * value / widest
-            parts.append(f"<rect x=0 y={top + offset} width={width:.1f} height=13 rx=2 style='fill:var({colour})'/>"
-                         f"<text x={width + 6:.1f} y={top + offset + 11}>{figure(value)}</text>")
-        parts.append(f"<text x=0 y={top + 13}>{html.escape(metric.name)} ({html.escape(metric.unit)}): original, this</text>")
-    return f"<svg viewBox='0 0 660 {54 * len(drawn)}' width=660 role=img aria-label='original and this'>{''.join(parts)}</svg>"
+            parts.append(
+                f"<rect x=0 y={top + offset} width={width:.1f} height=13 rx=2 style='fill:var({colour})'/>"
+                f"<text x={width + 6:.1f} y={top + offset + 11}>{figure(value)}</text>"
+            )
+        parts.append(
+            f"<text x=0 y={top + 13}>{html.escape(metric.name)} ({html.escape(metric.unit)}): original, this</text>"
+        )
+    size = f"viewBox='0 0 660 {54 * len(drawn)}' width=660"
+    return f"<svg {size} role=img aria-label='original and this'>{''.join(parts)}</svg>"

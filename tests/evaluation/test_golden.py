@@ -74,7 +74,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="line 2: not JSON"):
         read_cases(tmp_path / "broken.jsonl")
     twice = {**FINE, "id": "same"}
-    with pytest.raises(UsageError, match="line 2.*used before.*line 1"):
+    with pytest.raises(UsageError, match=r"line 2.*used before.*line 1"):
         read_cases(write(tmp_path / "g.jsonl", twice, twice))
 
 

@@ -113,7 +113,9 @@ def test_kld_against_an_obvious_reference():
     kld, top1, margin, error, original, candidate = divergence._compare_rows(p, q, label)
     for row in range(7):
         weights = np.exp(p[row].astype(float))
-        assert kld[row] == pytest.approx(sum(w * (a - b) for w, a, b in zip(weights, p[row], q[row], strict=True)), rel=1e-4)
+        assert kld[row] == pytest.approx(
+            sum(w * (a - b) for w, a, b in zip(weights, p[row], q[row], strict=True)), rel=1e-4
+        )
         assert top1[row] == (int(np.argmax(p[row])) == int(np.argmax(q[row])))
         assert margin[row] == pytest.approx(sorted(p[row])[-1] - sorted(p[row])[-2], rel=1e-5)
         likely = weights > 1e-4

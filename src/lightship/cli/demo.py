@@ -33,7 +33,9 @@ def command(once: bool, port: int, out: str) -> None:
             bundle = ship(Recipe(source="demo"), Path(out), force=True, progress=progress)
     with running(bundle, port=port) as url:
         click.echo(f"\n{bundle.report.to_markdown()}")
-        click.echo(f"bundle    {bundle.folder}  ({bundle.size_bytes / 1e6:.0f} MB)\nserving   {url}\n\nyou>      {QUESTION}")
+        click.echo(
+            f"bundle    {bundle.folder}  ({bundle.size_bytes / 1e6:.0f} MB)\nserving   {url}\n\nyou>      {QUESTION}"
+        )
         click.echo("model>    ", nl=False)
         messages = [{"role": "user", "content": QUESTION}]
         for piece in stream_chat(url, messages, temperature=0, max_tokens=80):

@@ -96,7 +96,8 @@ def log_softmax(logits: Floats) -> Floats:
     """Row-wise log-probabilities in float32, summed in float64."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))
-    return (shifted - total.astype(np.float32)).astype(np.float32, copy=False)
+    normalised: Floats = (shifted - total.astype(np.float32)).astype(np.float32, copy=False)
+    return normalised
 
 
 def record(original: BlockScorer, batches: Iterable[Batch], folder: Path) -> Reference:
@@ -133,14 +134,14 @@ def compare(reference: Reference, candidate: BlockScorer) -> Comparison:
             label = labels[:, start : start + scored.shape[1]][scored]
             figures = _compare_rows(reference.rows(index, block), rows, label)
             parts.append([*figures, np.full(len(label), batch.name)])
-    return Comparison(*(np.concatenate(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return Comparison(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _compare_rows(p: Floats, q: Floats, label: npt.NDArray[np.int64]) -> list[npt.NDArray[np.generic]]:
     """The fields of `Comparison` for original and candidate log-probabilities, each (positions, vocabulary)."""
     if p.shape != q.shape:
         raise LightshipError(f"original and candidate differ in shape: {p.shape} and {q.shape} (vocabulary changed?)")
-    finite = np.isfinite(q).all(axis=-1)
+    finite: npt.NDArray[np.bool_] = np.atleast_1d(np.isfinite(q).all(axis=-1))
     q = np.where(finite[:, None], q, 0.0).astype(np.float32)
     weight = np.exp(p)
     kld = np.maximum((weight * (p - q)).sum(axis=-1, dtype=np.float64), 0.0).astype(np.float32)

@@ -116,8 +116,14 @@ def check_served(original: npt.NDArray[np.float32], served: npt.NDArray[np.float
         )
     stderr = float(delta.std(ddof=1) / math.sqrt(len(delta))) if len(delta) > 1 else None
     return Metric(
-        name="served_delta_logprob", value=mean, unit="nats", n=len(delta), stderr=stderr, direction="lower",
-        baseline=0.0, method="mean |Δ log p| of real tokens, continuous batching as served against PyTorch float32",
+        name="served_delta_logprob",
+        value=mean,
+        unit="nats",
+        n=len(delta),
+        stderr=stderr,
+        direction="lower",
+        baseline=0.0,
+        method="mean |Δ log p| of real tokens, continuous batching as served against PyTorch float32",
     )
 
 
@@ -125,17 +131,50 @@ def parity_metrics(found: Parity, prefix: str = "") -> list[Metric]:
     """The gate's figures for the report."""
     where = "short, padded and long rows"
     rows: list[dict[str, Any]] = [
-        {"name": "gate_kld", "value": found.mean_kld, "unit": "nats/token", "stderr": found.kld_stderr,
-         "direction": "lower", "baseline": 0.0, "method": f"mean KL(original ‖ candidate), {where}"},
-        {"name": "gate_kld_p99", "value": found.p99_kld, "unit": "nats/token", "direction": "lower",
-         "baseline": 0.0, "method": f"99th percentile, {where}"},
-        {"name": "gate_top1", "value": found.top1, "unit": "share", "direction": "higher", "baseline": 1.0,
-         "method": f"same likeliest token, {where}"},
-        {"name": "gate_max_error", "value": found.max_error, "unit": "nats", "direction": "lower", "baseline": 0.0,
-         "method": "largest |Δ log p| where p > 1e-4"},
+        {
+            "name": "gate_kld",
+            "value": found.mean_kld,
+            "unit": "nats/token",
+            "stderr": found.kld_stderr,
+            "direction": "lower",
+            "baseline": 0.0,
+            "method": f"mean KL(original ‖ candidate), {where}",
+        },
+        {
+            "name": "gate_kld_p99",
+            "value": found.p99_kld,
+            "unit": "nats/token",
+            "direction": "lower",
+            "baseline": 0.0,
+            "method": f"99th percentile, {where}",
+        },
+        {
+            "name": "gate_top1",
+            "value": found.top1,
+            "unit": "share",
+            "direction": "higher",
+            "baseline": 1.0,
+            "method": f"same likeliest token, {where}",
+        },
+        {
+            "name": "gate_max_error",
+            "value": found.max_error,
+            "unit": "nats",
+            "direction": "lower",
+            "baseline": 0.0,
+            "method": "largest |Δ log p| where p > 1e-4",
+        },
     ]
     if found.greedy_n:
-        rows.append({"name": "gate_greedy", "value": found.greedy, "unit": "share", "n": found.greedy_n,
-                     "direction": "higher", "baseline": 1.0,
-                     "method": "same greedy token where the original's top-2 margin exceeds the noise"})
+        rows.append(
+            {
+                "name": "gate_greedy",
+                "value": found.greedy,
+                "unit": "share",
+                "n": found.greedy_n,
+                "direction": "higher",
+                "baseline": 1.0,
+                "method": "same greedy token where the original's top-2 margin exceeds the noise",
+            }
+        )
     return [Metric(**{"n": found.n, "stderr": None, **row, "name": prefix + row["name"]}) for row in rows]

@@ -53,7 +53,9 @@ class ServedModel:
 
     def question_tokens(self, question: str) -> list[int]:
         """The prompt for one question: as a chat where the model has a template, plain where it has none."""
-        return self.chat_tokens([{"role": "user", "content": question}]) if self.template else self.prompt_tokens(question)
+        return (
+            self.chat_tokens([{"role": "user", "content": question}]) if self.template else self.prompt_tokens(question)
+        )
 
     def _encode(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
@@ -69,6 +71,7 @@ class ServedModel:
         if left < (wanted or 1):
             asked = f" and {wanted} are to be generated" if wanted else ""
             raise ContextTooLong(
-                f"This model's maximum context length is {self.context} tokens; the prompt has {len(tokens)}{asked}.", param
+                f"This model's maximum context length is {self.context} tokens; the prompt has {len(tokens)}{asked}.",
+                param,
             )
         return wanted or left

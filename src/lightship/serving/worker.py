@@ -80,7 +80,9 @@ class Worker:
                 if stream is None:
                     continue  # cancelled meanwhile
                 if message["type"] == "refused":
-                    stream.put_nowait(RequestError(message["message"], message["param"], message["code"], message["status"]))
+                    stream.put_nowait(
+                        RequestError(message["message"], message["param"], message["code"], message["status"])
+                    )
                 else:
                     stream.put_nowait(Event(message["id"], tuple(message["tokens"]), tuple(message["logprobs"]),
                                             message["finish"], message["error"]))  # fmt: skip
@@ -95,7 +97,9 @@ class Worker:
         self._next_id += 1
         request_id, finished = self._next_id, False
         stream = self._streams[request_id] = asyncio.Queue()
-        self._writer.write(frame({"type": "submit", "id": request_id, "tokens": list(tokens), "params": asdict(params)}))
+        self._writer.write(
+            frame({"type": "submit", "id": request_id, "tokens": list(tokens), "params": asdict(params)})
+        )
         try:
             while not finished:
                 got = await stream.get()

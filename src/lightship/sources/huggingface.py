@@ -95,7 +95,9 @@ def download(name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise SourceError(f"{name} has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise SourceError(f"the hub has no model {name!r}, or it is private", hint="check the name; set HF_TOKEN") from error
+        raise SourceError(
+            f"the hub has no model {name!r}, or it is private", hint="check the name; set HF_TOKEN"
+        ) from error
     except errors.HFValidationError as error:
         raise UnsupportedError(f"{name!r} is not a hub id: {error}") from error
     except OSError as error:

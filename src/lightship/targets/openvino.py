@@ -24,8 +24,15 @@ from lightship.recipe import Precision
 
 EXTRA = "build"
 GRAPH = "openvino_model.xml"
-CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-           "special_tokens_map.json", "structure.json")
+CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "structure.json",
+)
 # Precisions at which each weight precision is served. fp32 switches every approximation of the runtime off (they
 # cost a mean |Δ log p| of 0.08 at its defaults); the others take the runtime's defaults for this processor.
 SERVED_AT: dict[str, dict[str, Any]] = {
@@ -68,9 +75,7 @@ def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with torch.no_grad(), output_on_stderr():
-            parts = decompose_for_generation(
-                model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
-            )
+            parts = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
             submodel, inputs = parts["decode"]
             exported = OpenVINOExporter().export(submodel, inputs, config=OpenVINOConfig(dynamic=True))
     except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
@@ -100,13 +105,15 @@ def carry_files(source: Path, folder: Path) -> None:
 def _write_tokenizer(source: Path, folder: Path) -> None:
     """Put OpenVINO's tokenizer and detokenizer beside `tokenizer.json` and check that they give the same ids."""
     import openvino as ov
-    import openvino_tokenizers  # noqa: F401  (registers its operations with openvino)
+    import openvino_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError(f"{source} has no fast tokenizer (tokenizer.json)",
-                               hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)")
+        raise UnsupportedError(
+            f"{source} has no fast tokenizer (tokenizer.json)",
+            hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)",
+        )
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     with output_on_stderr():
         encoder, decoder = openvino_tokenizers.convert_tokenizer(
@@ -128,8 +135,10 @@ def _check_tokenizer(encoder: Any, tokenizer: Any) -> None:
         got = compiled([text])["input_ids"][0].tolist()
         expected = tokenizer(text)["input_ids"]
         if got != expected:
-            raise UnsupportedError(f"the OpenVINO tokenizer disagrees with tokenizer.json on {text!r}: "
-                                   f"{got[:12]} instead of {expected[:12]}")
+            raise UnsupportedError(
+                f"the OpenVINO tokenizer disagrees with tokenizer.json on {text!r}: "
+                f"{got[:12]} instead of {expected[:12]}"
+            )
 
 
 def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
@@ -269,9 +278,7 @@ class OpenVINOEngine:
         scheduler.max_num_batched_tokens = settings.max_batched_tokens
         scheduler.enable_prefix_caching = settings.prefix_cache
         self._genai = genai
-        self._pipeline = genai.ContinuousBatchingPipeline(
-            str(folder), scheduler, "CPU", properties(folder, settings)
-        )
+        self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties(folder, settings))
         self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self._next_id = 0
 
@@ -336,7 +343,9 @@ class OpenVINOEngine:
             for event in self.step():
                 values.extend(event.logprobs)
         if len(values) != len(tokens) + 1:
-            raise EngineError(f"{len(values)} prompt log-probabilities for {len(tokens)} tokens: is the prefix cache on?")
+            raise EngineError(
+                f"{len(values)} prompt log-probabilities for {len(tokens)} tokens: is the prefix cache on?"
+            )
         return np.array(values[1 : len(tokens)], np.float32)
 
     def step(self) -> list[Event]:
