@@ -51,3 +51,20 @@ def tiny_llama(folder: Path, **changes) -> Checkpoint:
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder)
     return Checkpoint(folder)
+
+
+def tiny_gpt2(folder: Path, **changes) -> Checkpoint:
+    """A GPT-2 of two layers in `folder`: learned positions, fused projections, biases; `changes` go into its config."""
+    import torch
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    vocabulary = tiny_tokenizer(folder)
+    options = {
+        "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "initializer_range": 0.25,
+        "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**{**options, **changes}))
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(folder)
+    return Checkpoint(folder)

@@ -4,27 +4,72 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightship.errors import SourceError, UnsupportedError
+from lightship.errors import SourceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+HEADER_LIMIT = 100 * 2**20  # bytes, as the safetensors format itself sets it
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors name → torch name
+STRUCTURE_VERSION = 1
+STRUCTURE_FIELDS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "*.model",
+)  # fmt: skip
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `SourceError` naming the file when it is missing or not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(f"{path} is missing", hint="a checkpoint folder needs it") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}") from error
+    value = _parse(path)
     if not isinstance(value, dict):
         raise SourceError(f"{path} holds {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} is missing", hint="a checkpoint folder needs it") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON: {error}") from error
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name → dtype, shape and `data_offsets` of the tensors in `path`, no tensor read.
+
+    Raises `SourceError` when the file is cut short or its header does not describe it exactly. Format: 8 bytes
+    little-endian header length, JSON header, then the tensors without holes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise SourceError(f"{path} is cut short or no safetensors file ({size} bytes)", hint="fetch it again")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            spans = sorted((int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for entry in tensors.values())
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise SourceError(f"{path} has a damaged safetensors header: {error}", hint="fetch it again") from error
+    end = 0
+    for start, stop in spans:
+        if start != end or stop < start:
+            raise SourceError(f"{path} has tensors that overlap or leave holes at byte {start}", hint="fetch it again")
+        end = stop
+    if size != 8 + length + end:
+        raise SourceError(f"{path} has {size} bytes, its header describes {8 + length + end}", hint="fetch it again")
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -40,14 +85,23 @@ class Checkpoint:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model was made for."""
+        """Tokens that the model was made for. Raises `SourceError` when the configuration does not say."""
         config = self.config
-        return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+        found = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+        if found is None:
+            raise SourceError(
+                f"{self.folder / 'config.json'} does not say how many tokens of context the model was made for",
+                hint=f"add one of {', '.join(CONTEXT_KEYS)}",
+            )
+        return int(found)
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the output layer."""
-        return int(self.config["vocab_size"])
+        """Rows of the output layer. Raises `SourceError` when the configuration does not say."""
+        found = self.config.get("vocab_size")
+        if not isinstance(found, int):
+            raise SourceError(f"{self.folder / 'config.json'} has no vocab_size", hint="is it a text model?")
+        return found
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -55,24 +109,52 @@ class Checkpoint:
         path = self.folder / "generation_config.json"
         found = read_json(path).get("eos_token_id") if path.is_file() else None
         found = self.config.get("eos_token_id") if found is None else found
-        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        return () if found is None else (found,) if isinstance(found, int) else tuple(int(each) for each in found)
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights, such as `bfloat16`."""
+        """The dtype that most bytes of the weights have, such as `bfloat16`; the configuration is not believed."""
+        sizes: Counter[str] = Counter()
+        for path in self.weight_files:
+            for entry in safetensors_header(path).values():
+                if entry.get("dtype") in DTYPES:
+                    sizes[DTYPES[entry["dtype"]]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+        if sizes:
+            return sizes.most_common(1)[0][0]
         config = self.config
         return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
-        """What made this checkpoint, oldest first."""
+        """What made this checkpoint, oldest first: step, options, source, digest of the source, time."""
         path = self.folder / "lineage.json"
-        return list(json.loads(path.read_text())) if path.is_file() else []
+        if not path.is_file():
+            return []
+        entries = _parse(path)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise SourceError(f"{path} is no list of objects")
+        return entries
+
+    @property
+    def structure(self) -> list[dict[str, int]] | None:
+        """Sizes of every layer, or None where all layers are as `config.json` says."""
+        path = self.folder / "structure.json"
+        return read_structure(path, self.config) if path.is_file() else None
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that `load` reads: `model.safetensors`, else those of the index, else all."""
+        single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return [self.folder / str(name) for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        return sorted(self.folder.glob("*.safetensors"))
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        """Bytes of the safetensors files that make the model."""
+        return sum(path.stat().st_size for path in self.weight_files)
 
     def digest(self) -> str:
         """SHA-256 over names and contents of the files that make the model, sorted by name."""
@@ -86,18 +168,15 @@ class Checkpoint:
     def load(self, dtype: str | None = None) -> PreTrainedModel:
         """The model, in evaluation mode, its weights as `dtype` (default: as stored), tied weights tied.
 
-        Raises `UnsupportedError` for custom code or an unknown architecture, `SourceError` when weights are
-        missing, left over or of another shape than the configuration says.
+        Raises `UnsupportedError` for custom code, an unknown architecture or quantised weights, `SourceError` when
+        weights are missing, left over or of another shape than configuration and structure say.
         """
         from transformers import AutoConfig
         from transformers.utils import logging as transformers_logging
 
         config = self.config
-        if "auto_map" in config:
-            raise UnsupportedError(
-                f"{self.folder} needs its own code (auto_map in config.json); lightship runs no code from a model",
-                hint="use a release of this model that transformers supports natively",
-            )
+        self._refuse(config)
+        structure, kept = self.structure, dtype or self.dtype
         transformers_logging.disable_progress_bar()
         try:
             parsed = AutoConfig.from_pretrained(self.folder, local_files_only=True)
@@ -106,9 +185,21 @@ class Checkpoint:
                 f"the installed transformers does not know the architecture {config.get('model_type')!r}",
                 hint="check model_type in config.json, or the version of transformers",
             ) from error
-        return self._load(parsed, dtype)
+        return self._load(parsed, kept) if structure is None else self._load_cut(parsed, kept, structure)
 
-    def _load(self, config: Any, dtype: str | None) -> PreTrainedModel:
+    def _refuse(self, config: dict[str, Any]) -> None:
+        if "auto_map" in config:
+            raise UnsupportedError(
+                f"{self.folder} needs its own code (auto_map in config.json); lightship runs no code from a model",
+                hint="use a release of this model that transformers supports natively",
+            )
+        if config.get("quantization_config"):
+            raise UnsupportedError(
+                f"{self.folder} is already quantised (quantization_config in config.json)",
+                hint="give the original weights: quantising twice loses twice",
+            )
+
+    def _load(self, config: Any, dtype: str) -> PreTrainedModel:
         import safetensors
         import torch
         from transformers import AutoModelForCausalLM
@@ -117,18 +208,176 @@ class Checkpoint:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 config=config,
-                dtype=getattr(torch, dtype) if dtype else "auto",
+                dtype=getattr(torch, dtype),
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise SourceError(f"{self.folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SourceError(f"{self.folder} cannot be loaded: {reason}") from error
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-            if info.get(kind):
-                found = sorted(str(key) for key in info[kind])
-                raise SourceError(
-                    f"{self.folder}: {kind.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)"
-                )
+            _none_left(self.folder, kind, info.get(kind) or ())
         loaded: PreTrainedModel = model.eval()
         return loaded
+
+    def _load_cut(self, config: Any, dtype: str, structure: list[dict[str, int]]) -> PreTrainedModel:
+        """The model whose layers differ: built from the configuration, its layers resized, then filled by name."""
+        import safetensors
+        import torch
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        for layer, sizes in zip(_llama_layers(model), structure, strict=True):
+            _resize(layer, sizes)
+        stored: dict[str, torch.Tensor] = {}
+        try:
+            for path in self.weight_files:
+                stored.update(load_file(path))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SourceError(f"{self.folder} cannot be loaded: {error}") from error
+        expected = model.state_dict(keep_vars=True)
+        given = {id(expected[name]) for name in stored if name in expected}  # tied names share one tensor
+        _none_left(self.folder, "missing_keys", [name for name, each in expected.items() if id(each) not in given])
+        _none_left(self.folder, "unexpected_keys", stored.keys() - expected.keys())
+        _none_left(
+            self.folder, "mismatched_keys", [name for name in stored if stored[name].shape != expected[name].shape]
+        )
+        model.load_state_dict(stored, strict=False)  # copies, so dtype and ties stay as built
+        loaded: PreTrainedModel = model.eval()
+        return loaded
+
+
+def _none_left(folder: Path, kind: str, keys: Any) -> None:
+    if keys:
+        found = sorted(str(key) for key in keys)
+        raise SourceError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
+
+
+# ── Layers that differ ──────────────────────────────────────────────────────
+
+
+def read_structure(path: Path, config: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The layers in `structure.json`, checked against `config`: as many layers, sizes positive and never grown,
+    query heads a multiple of the key-value heads. Raises `SourceError` saying which layer is wrong."""
+    value = read_json(path)
+    layers = value.get("layers")
+    if value.get("version") != STRUCTURE_VERSION or not isinstance(layers, list):
+        raise SourceError(f"{path} is of version {value.get('version')!r}, expected {STRUCTURE_VERSION} with layers")
+    if len(layers) != config.get("num_hidden_layers"):
+        raise SourceError(f"{path} has {len(layers)} layers, config.json {config.get('num_hidden_layers')}")
+    heads = config.get("num_attention_heads")
+    whole = {
+        "intermediate_size": config.get("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+    }
+    for layer, sizes in enumerate(layers):
+        if not isinstance(sizes, dict) or set(sizes) != set(STRUCTURE_FIELDS):
+            raise SourceError(f"{path}, layer {layer}: expected exactly {', '.join(STRUCTURE_FIELDS)}")
+        for name, size in sizes.items():
+            if type(size) is not int or not 1 <= size <= (whole[name] or 0):
+                raise SourceError(f"{path}, layer {layer}: {name} is {size!r}, expected 1 to {whole[name]}")
+        if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+            raise SourceError(f"{path}, layer {layer}: query heads are no multiple of key-value heads: {sizes}")
+    return layers
+
+
+def structure_of(model: PreTrainedModel) -> list[dict[str, int]] | None:
+    """The sizes of every layer as the weights of `model` have them; None where all agree with its configuration."""
+    config = model.config
+    whole = {name: getattr(config, name, None) for name in STRUCTURE_FIELDS}
+    try:
+        layers = _llama_layers(model)
+    except UnsupportedError:
+        return None  # such a model has no layers that could be cut
+    found = []
+    for layer in layers:
+        attention = layer.self_attn
+        sizes = (
+            layer.mlp.down_proj.in_features,
+            attention.q_proj.out_features // attention.head_dim,
+            attention.k_proj.out_features // attention.head_dim,
+        )
+        found.append(dict(zip(STRUCTURE_FIELDS, sizes, strict=True)))
+    return None if all(sizes == whole for sizes in found) else found
+
+
+def _llama_layers(model: Any) -> list[Any]:
+    """The decoder layers of a llama-like model (separate q, k, v, o and gate, up, down projections)."""
+    layers = list(getattr(getattr(model, "model", None), "layers", ()))
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    parts += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    if not layers or not all(_has(layer, part) for layer in layers for part in parts):
+        raise UnsupportedError(
+            f"structure.json needs llama-like layers; {type(model).__name__} has others",
+            hint="cut layers differ only in models with q, k, v, o and gate, up, down projections",
+        )
+    return layers
+
+
+def _has(layer: Any, part: str) -> bool:
+    outer, inner = part.split(".")
+    return hasattr(getattr(layer, outer, None), inner) and hasattr(layer.self_attn, "head_dim")
+
+
+def _resize(layer: Any, sizes: Mapping[str, int]) -> None:
+    """Give the projections of one llama-like layer new shapes, their contents undefined."""
+    attention, mlp = layer.self_attn, layer.mlp
+    queries = sizes["num_attention_heads"] * attention.head_dim
+    keys = sizes["num_key_value_heads"] * attention.head_dim
+    channels = sizes["intermediate_size"]
+    for owner, name, inputs, outputs in (
+        (attention, "q_proj", None, queries), (attention, "k_proj", None, keys), (attention, "v_proj", None, keys),
+        (attention, "o_proj", queries, None), (mlp, "gate_proj", None, channels), (mlp, "up_proj", None, channels),
+        (mlp, "down_proj", channels, None),
+    ):  # fmt: skip
+        old = getattr(owner, name)
+        shape = (inputs or old.in_features, outputs or old.out_features)
+        weight = old.weight
+        setattr(owner, name, type(old)(*shape, old.bias is not None, device=weight.device, dtype=weight.dtype))
+    attention.num_key_value_groups = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+
+
+# ── Writing ─────────────────────────────────────────────────────────────────
+
+
+def save(
+    model: PreTrainedModel, tokenizer_files_from: Path, folder: Path, lineage_entry: Mapping[str, Any]
+) -> Checkpoint:
+    """Write `model` into the new folder `folder`, with the tokenizer of the checkpoint `tokenizer_files_from`.
+
+    `lineage_entry` needs `step`; `options`, `source`, `digest` (both of `tokenizer_files_from`) and `time` are filled
+    in, and the earlier lineage is kept. Raises `UsageError` when `folder` holds something already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", hint="a checkpoint is written into a new folder, never over another")
+    if not lineage_entry.get("step"):
+        raise UsageError(f"a lineage entry needs the step that it records, got {dict(lineage_entry)}")
+    before = Checkpoint(tokenizer_files_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(tokenizer_files_from.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    structure = structure_of(model)
+    if structure is not None:
+        write_json(folder / "structure.json", {"version": STRUCTURE_VERSION, "layers": structure})
+    entry = {"options": {}, "source": tokenizer_files_from.name, "time": now(), **lineage_entry}
+    entry.setdefault("digest", before.digest())
+    write_json(folder / "lineage.json", [*before.lineage, entry])
+    return Checkpoint(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path`, readable, with a final newline."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def now() -> str:
+    """The time as lineage records it: UTC, ISO 8601, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

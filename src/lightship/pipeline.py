@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 
 from lightship.bundle import Bundle, pack
-from lightship.calibration import Text, default_text, read_text
+from lightship.calibration import Text, default_text, read_text, render_with
 from lightship.checkpoint import Checkpoint
-from lightship.engine import EngineSettings, Scorer
+from lightship.engine import Engine, EngineSettings, GenerationParams, Scorer
 from lightship.errors import LightshipError, LimitExceeded, SourceError, UsageError
-from lightship.evaluation import divergence, memory, parity, perplexity
+from lightship.evaluation import divergence, golden, memory, parity, perplexity
 from lightship.evaluation.divergence import Batch, Reference
 from lightship.find import find
 from lightship.recipe import KLD_LIMITS, Recipe
 from lightship.report import Metric, Report
 from lightship.sources import read
-from lightship.template import ChatTemplate
+from lightship.template import ChatTemplate, load_template
 
 Progress = Callable[[str], None]
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
@@ -160,9 +160,9 @@ def tokeniser(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
 
 def _texts(run: Run, checkpoint: Checkpoint) -> Texts:
     """Cut gate, scoring and calibration tokens; calibration documents are never scored."""
-    from lightship.template import load_template
-
     encode = tokeniser(checkpoint)
+    if run.recipe.golden is not None:
+        golden.read_cases(Path(run.recipe.golden))  # a mistake in it is better known now than after the work
     template = load_template(checkpoint.folder)
     calibration, scoring = calibration_text(run.recipe.text, template).split()
     length = min(EVALUATION_CHUNK, checkpoint.context_length)
@@ -187,7 +187,7 @@ def calibration_text(path: str | None, template: ChatTemplate | None) -> Text:
     def render(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         if template is None:
             raise UsageError(f"{path} is a chat, and the model has no chat template", hint="give a plain text file")
-        return template.pieces(messages)
+        return render_with(template.render)(messages)
 
     return read_text(Path(path), render)
 
@@ -289,6 +289,47 @@ def _evaluate(
     size = Metric("size", float(memory.artefact_bytes(runtime)), "bytes", 1, None, "lower",
                   float(memory.artefact_bytes(checkpoint.folder)), "all files of the runtime folder")  # fmt: skip
     run.metrics.append(size)
+    if run.recipe.golden is not None:
+        run.metrics += _golden_cases(run, Path(run.recipe.golden), checkpoint, target, runtime)
+
+
+def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, target: ModuleType, runtime: Path) -> list[Metric]:
+    """Answer the golden cases with original and candidate, greedily, and compare case by case."""
+    cases = golden.read_cases(path)
+    answers = []
+    for opened in (find("targets", "pytorch").open(checkpoint.folder, EngineSettings()),
+                   target.open(runtime, EngineSettings(prefix_cache=False))):  # fmt: skip
+        answers.append(golden.run(cases, answerer(opened, checkpoint)))
+        opened.close()
+        gc.collect()
+    result = golden.compare(cases, *answers)
+    for outcome in result.lost:
+        run.say(f"golden case {outcome.case.id} lost: {outcome.candidate[:80]!r}")
+    return result.metrics()
+
+
+def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
+    """A function that answers a prompt or messages greedily with `engine`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    template = load_template(checkpoint.folder)
+
+    def generate(prompt: str | Sequence[dict[str, Any]], max_tokens: int) -> str:
+        if isinstance(prompt, str):
+            tokens = tokenizer.encode(prompt).ids
+        elif template is None:
+            raise UsageError("golden cases with messages need a model with a chat template", hint="use prompt instead")
+        else:
+            tokens = tokenizer.encode(template.render(prompt), add_special_tokens=False).ids
+        engine.submit(tokens, GenerationParams(max_tokens=max_tokens))
+        found: list[int] = []
+        while engine.busy():
+            for event in engine.step():
+                found.extend(event.token_ids)
+        return str(tokenizer.decode(found))
+
+    return generate
 
 
 def _scored_bytes(checkpoint: Checkpoint, scoring: Reference) -> int:
@@ -317,9 +358,9 @@ def _content(run: Run, runtime: Path, checkpoint: Checkpoint, gate: Reference, t
     (content / "report.json").write_text(report.to_json(), encoding="utf-8")
     (content / "report.md").write_text(report.to_markdown(), encoding="utf-8")
     (content / "report.html").write_text(report.to_html(), encoding="utf-8")
-    (content / "recipe.json").write_text(run.recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (content / "recipe.json").write_text(published(run.recipe).model_dump_json(indent=1) + "\n", encoding="utf-8")
     run.source = {
-        "name": run.recipe.source if run.recipe.source == "demo" else Path(run.recipe.source).name,
+        "name": published(run.recipe).source,
         "revision": run.recipe.revision,
         "digest": checkpoint.digest(),
         "dtype": checkpoint.dtype,
@@ -327,6 +368,13 @@ def _content(run: Run, runtime: Path, checkpoint: Checkpoint, gate: Reference, t
         "lineage": checkpoint.lineage,
     }
     return content
+
+
+def published(recipe: Recipe) -> Recipe:
+    """`recipe` without paths of this machine: a bundle travels."""
+    paths = {name: value and Path(value).name for name, value in (("text", recipe.text), ("golden", recipe.golden))}
+    local = Path(recipe.source).expanduser().exists()
+    return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
 
 
 def golden_rows(gate: Reference, folder: Path) -> None:
@@ -415,7 +463,7 @@ def _manifest(run: Run, name: str) -> dict[str, Any]:
         "name": name,
         "targets": [run.recipe.target],
         "source": run.source,
-        "recipe": run.recipe.model_dump(mode="json"),
+        "recipe": published(run.recipe).model_dump(mode="json"),
         "versions": versions(),
         "machine": machine(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -496,7 +544,9 @@ def evaluate(bundle: Path, source: str, text: str | None = None, level: str = "q
              progress: Progress = silent) -> Report:  # fmt: skip
     """Measure the bundle against the original named by `source`, on `text`. Writes nothing into the bundle."""
     opened = Bundle.open(bundle)
-    recipe = Recipe.model_validate({**opened.manifest["recipe"], "source": source, "text": text, "evaluate": level})
+    recipe = Recipe.model_validate(
+        {**opened.manifest["recipe"], "source": source, "text": text, "golden": None, "evaluate": level}
+    )
     with tempfile.TemporaryDirectory(prefix="lightship-") as work:
         run = Run(recipe, Path(work), progress)
         run.stage("read")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lightship.errors import UsageError
 
@@ -41,6 +41,12 @@ class Recipe(_Data):
     text: str | None = Field(None, description="file to score on: plain text or chat JSONL")
     golden: str | None = Field(None, description="file of golden cases (JSONL)")
     accept: tuple[str, ...] = ()
+
+    @field_validator("accept")
+    @classmethod
+    def _readable(cls, accept: tuple[str, ...]) -> tuple[str, ...]:
+        parse_accepts(accept)
+        return accept
 
     def kld_limit(self) -> float:
         """The limit on mean KLD, an accepted one before the default."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lightship.errors import RequestError, UnsupportedError
+from lightship.errors import RequestError
 
 LIMIT = 1_000_000  # characters a rendered prompt may have
 
@@ -40,25 +40,6 @@ class ChatTemplate:
         if len(text) > LIMIT:
             raise RequestError(f"the rendered prompt exceeds {LIMIT} characters", "messages")
         return text
-
-    def pieces(self, messages: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
-        """The rendered chat cut at message borders, each piece with whether the assistant wrote it."""
-        pieces: list[tuple[str, bool]] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                done = _grow(pieces, done, self.render(messages[:index], True), False)
-            done = _grow(pieces, done, self.render(messages[: index + 1], False), message["role"] == "assistant")
-        return pieces
-
-
-def _grow(pieces: list[tuple[str, bool]], done: str, longer: str, scored: bool) -> str:
-    """Append what `longer` has beyond `done`."""
-    if not longer.startswith(done):
-        raise UnsupportedError("this chat template rewrites earlier messages; assistant tokens cannot be told apart")
-    if len(longer) > len(done):
-        pieces.append((longer[len(done) :], scored))
-    return longer
 
 
 def _refuse(message: str) -> NoReturn:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
+from lightship.errors import UsageError
 from lightship.recipe import PRECISIONS, Precision, Recipe
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -40,13 +42,16 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def recipe_of(source: str, **given: Any) -> Recipe:
     """The recipe that the options above describe."""
     names = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
-    precision = Precision(name=given["precision"], **{name: given[name] for name in names})
-    return Recipe(
-        source=source,
-        precision=precision,
-        accept=given["accept"],
-        evaluate=given["evaluate"],
-        text=given["text"],
-        golden=given["golden"],
-        revision=given["revision"],
-    )
+    try:
+        return Recipe(
+            source=source,
+            precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
+            accept=given["accept"],
+            evaluate=given["evaluate"],
+            text=given["text"],
+            golden=given["golden"],
+            revision=given["revision"],
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, received {first['input']!r}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import click
 
 
@@ -20,4 +22,5 @@ def command(bundle: str, host: str, port: int, kv_cache: float, threads: int | N
 
     settings = EngineSettings(kv_cache_gb=kv_cache, threads=threads)
     click.echo(f"serving {bundle} on http://{host}:{port} (Ctrl-C stops)", err=True)
-    serve(bundle, host, port, settings)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the ordinary way to stop
+        serve(bundle, host, port, settings)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightship.engine import GenerationParams
 from lightship.errors import EngineError, LightshipError, RequestError
@@ -22,7 +25,10 @@ from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequ
 from lightship.serving.text import TextStream
 from lightship.serving.worker import Worker
 
+log = logging.getLogger("lightship.serving")
 JSON = dict[str, Any]
+Result = TypeVar("Result")
+BODY_LIMIT = 8 * 2**20  # bytes of a request
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Answer:
     produced: int = 0
     started: int = field(default_factory=lambda: int(time.time()))
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncGenerator[str, None]:
         """Text as it becomes certain. Closing this early cancels the request in the engine."""
         text = TextStream(self.model.tokenizer, self.stops)
         events = self.worker.generate(self.tokens, self.params)
@@ -54,7 +60,7 @@ class Answer:
             if text.stopped:
                 self.finish = "stop"
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
 
     def usage(self) -> JSON:
         """Token counts; the end-of-text token is not counted."""
@@ -80,6 +86,7 @@ def create_app(worker: Worker, model: ServedModel) -> FastAPI:
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
+    app.add_middleware(BodyLimit)
     _health(app, worker)
     _models(app, model)
     _completions(app, worker, model)
@@ -98,7 +105,7 @@ def _health(app: FastAPI, worker: Worker) -> None:
         starting: asyncio.Task[None] = app.state.starting
         failed = starting.exception() if starting.done() and not starting.cancelled() else None
         state = "failed" if failed else "stopped" if starting.done() else "loading"
-        return JSONResponse({"status": state, "reason": str(failed) if failed else None}, 503)
+        return JSONResponse({"status": state, "reason": str(failed) if failed else worker.failure}, 503)
 
 
 def _models(app: FastAPI, model: ServedModel) -> None:
@@ -109,7 +116,7 @@ def _models(app: FastAPI, model: ServedModel) -> None:
     async def models() -> JSON:
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def one(name: str) -> JSON:
         _check_name(model, name)
         return card
@@ -121,27 +128,31 @@ def _check_name(model: ServedModel, name: str | None) -> None:
 
 
 def _completions(app: FastAPI, worker: Worker, model: ServedModel) -> None:
-    def answer(body: Sampling, tokens: list[int], wanted: int | None, param: str) -> Answer:
+    def check(body: Sampling) -> None:
         _check_name(model, body.model)
         body.refuse_unsupported()
+
+    def answer(body: Sampling, tokens: list[int], wanted: int | None, param: str) -> Answer:
         return Answer(worker, model, tokens, body.params(model.room(tokens, wanted, param)), body.stops())
 
+    # Tokenizing takes seconds for megabytes; in a thread it does not hold the other streams up.
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        tokens = model.chat_tokens([message.plain() for message in body.messages])
+        check(body)
+        tokens = await asyncio.to_thread(model.chat_tokens, [message.plain() for message in body.messages])
         shape = Chat("chatcmpl-" + secrets.token_hex(12), model.name)
         return await _reply(answer(body, tokens, body.limit(), "messages"), body, shape, request)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        tokens = model.prompt_tokens(body.prompt)
+        check(body)
+        tokens = await asyncio.to_thread(model.prompt_tokens, body.single())
         shape = Completion("cmpl-" + secrets.token_hex(12), model.name)
         return await _reply(answer(body, tokens, body.limit(), "prompt"), body, shape, request)
 
     @app.post("/predict")
     async def predict(body: PredictRequest, request: Request) -> JSON:
-        message = {"role": "user", "content": body.input}
-        tokens = model.chat_tokens([message]) if model.template else model.prompt_tokens(body.input)
+        tokens = await asyncio.to_thread(model.question_tokens, body.input)
         limit = model.room(tokens, body.max_tokens, "input")
         found = Answer(worker, model, tokens, GenerationParams(limit, body.temperature, seed=body.seed), [])
         text = await _collect(found, request)
@@ -200,15 +211,16 @@ async def _reply(answer: Answer, body: Sampling, shape: Chat | Completion, reque
     if not body.stream:
         return JSONResponse(shape.whole(await _collect(answer, request), answer))
     pieces = answer.pieces()
-    first = await anext(pieces, "")  # errors up to here still get their own status
+    # Errors up to the first piece still get their own status.
+    first = await _unless_gone(request, anext(pieces, ""))
     usage = body.stream_options is not None and body.stream_options.include_usage
     stream = _stream(answer, first, pieces, shape, usage)
-    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return Stream(stream)
 
 
 async def _stream(
-    answer: Answer, first: str, pieces: AsyncIterator[str], shape: Chat | Completion, usage: bool
-) -> AsyncIterator[str]:
+    answer: Answer, first: str, pieces: AsyncGenerator[str, None], shape: Chat | Completion, usage: bool
+) -> AsyncGenerator[str, None]:
     def send(chunk: JSON) -> str:
         if usage and "usage" not in chunk:
             chunk = {**chunk, "usage": None}
@@ -227,30 +239,80 @@ async def _stream(
             yield send({**shape.chunk(None, None, answer), "choices": [], "usage": answer.usage()})
     except LightshipError as error:
         yield f"data: {json.dumps(errors.from_error(error)[1])}\n\n"
+    except Exception:
+        log.exception("unexpected error in a stream")
+        yield f"data: {json.dumps(errors.envelope('internal error', 500))}\n\n"
     finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
     yield "data: [DONE]\n\n"
 
 
 async def _collect(answer: Answer, request: Request) -> str:
-    """The whole text; when the client goes away, the request is cancelled in the engine."""
+    """The whole text."""
 
     async def everything() -> str:
         return "".join([piece async for piece in answer.pieces()])
 
-    work = asyncio.ensure_future(everything())
-    gone = asyncio.ensure_future(_disconnected(request.receive))
+    return await _unless_gone(request, everything())
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled, and with it the request in the engine, when the client goes away."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def wrapped() -> Result:
+        return await work
+
+    working, gone = asyncio.create_task(wrapped()), asyncio.create_task(disconnected())
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise EngineError("the client closed the connection")
-        return work.result()
+        return working.result()
     finally:
-        for task in (work, gone):
+        for task in (working, gone):
             task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
-async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class Stream(StreamingResponse):
+    """Closes its source however it ends, so that a client which leaves between two chunks frees the engine at once."""
+
+    def __init__(self, source: AsyncGenerator[str, None]) -> None:
+        super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._source.aclose()
+
+
+class BodyLimit:
+    """ASGI middleware: 413 for a body beyond `BODY_LIMIT`, declared or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count what arrives."""
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > BODY_LIMIT:
+                raise HTTPException(413, f"the body exceeds {BODY_LIMIT} bytes")
+            return message
+
+        declared = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > BODY_LIMIT:
+            body = errors.envelope(f"the body exceeds {BODY_LIMIT} bytes", 413)
+            await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, send)
+            return
+        await self._app(scope, counted, send)

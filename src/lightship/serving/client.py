@@ -16,7 +16,9 @@ def stream_chat(url: str, messages: list[dict[str, str]], **options: Any) -> Ite
     body = {"messages": messages, "stream": True, **options}
     address = f"{url.rstrip('/')}/v1/chat/completions"
     try:
-        with httpx.stream("POST", address, json=body, timeout=httpx.Timeout(600, connect=5)) as answer:
+        with httpx.stream(
+            "POST", address, json=body, timeout=httpx.Timeout(600, connect=5), trust_env=not _local(url)
+        ) as answer:
             if answer.status_code != 200:
                 answer.read()
                 raise RequestError(_message(answer), status=answer.status_code)
@@ -25,6 +27,11 @@ def stream_chat(url: str, messages: list[dict[str, str]], **options: Any) -> Ite
                     yield from _text(json.loads(line[6:]))
     except httpx.TransportError as error:
         raise EngineError(f"no answer from {address}: {error}", hint="is the server running?") from error
+
+
+def _local(url: str) -> bool:
+    """Whether `url` is this machine, where no proxy of the environment may come between."""
+    return httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")
 
 
 def _message(answer: httpx.Response) -> str:

@@ -16,7 +16,8 @@ from lightship.errors import LightshipError, RequestError
 log = logging.getLogger("lightship.serving")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
          500: "server_error", 503: "server_error"}  # fmt: skip
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "overloaded", 500: "internal_error", 503: "unavailable"}  # fmt: skip
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "overloaded", 500: "internal_error",
+         503: "unavailable"}  # fmt: skip
 
 
 def envelope(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

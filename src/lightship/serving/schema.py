@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -139,7 +139,7 @@ class CompletionRequest(Sampling):
         if isinstance(prompt, str):
             return prompt
         if isinstance(prompt[0], int):
-            return cast("list[int]", prompt)
+            return prompt
         if len(prompt) > 1:
             raise RequestError(f"one prompt a request; {len(prompt)} were given", "prompt", "unsupported_parameter")
         return prompt[0]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -27,6 +28,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen(2048)  # only a listening socket keeps others from the port
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
@@ -52,9 +54,23 @@ def serve(
     bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 8000, settings: EngineSettings | None = None
 ) -> None:
     """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish."""
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with bind(host, port) as bound:
-        _server(opened, settings or EngineSettings()).run(sockets=[bound])
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        server = _server(opened, settings or EngineSettings())
+        with _signals_end_quietly():
+            server.run(sockets=[bound])
+
+
+@contextlib.contextmanager
+def _signals_end_quietly() -> Iterator[None]:
+    """uvicorn raises the signal that stopped it again when it is done; here that is the ordinary end, exit code 0."""
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @contextlib.contextmanager
@@ -68,21 +84,23 @@ def running(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:
-            wait_ready(url_of(bound))
+            wait_ready(url_of(bound), alive=thread.is_alive)
             yield url_of(bound)
         finally:
             server.should_exit = True
             thread.join(40)
 
 
-def wait_ready(url: str, timeout: float = 300) -> None:
+def wait_ready(url: str, timeout: float = 300, alive: Callable[[], bool] = lambda: True) -> None:
     """Poll /readyz until it answers 200. Raises `EngineError` with the server's reason when loading failed."""
     import httpx
 
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
+        if not alive():
+            raise EngineError(f"the server at {url} ended while starting")
         with contextlib.suppress(httpx.TransportError):
-            answer = httpx.get(f"{url}/readyz", timeout=5)
+            answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)  # no proxy between
             if answer.status_code == 200:
                 return
             if answer.json()["status"] in ("failed", "stopped"):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightship.engine import Engine, EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError, LightshipError, RequestError
 from lightship.find import find
 
+log = logging.getLogger("lightship.serving")
 HEADER = struct.Struct(">I")
 FRAME_LIMIT = 64 * 2**20
 
@@ -48,7 +50,13 @@ class Worker:
         self._streams: dict[int, asyncio.Queue[Event | LightshipError]] = {}
         self._next_id = 0
         self.ready = False
+        self.failure: str | None = None  # why the engine died, when it could still say so
         self.stats: dict[str, Any] = {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child runs, loading or ready."""
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
@@ -58,8 +66,11 @@ class Worker:
     async def start(self) -> None:
         """Start the child and wait until its engine is loaded. Raises `EngineError` with its reason when it fails."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "lightship.serving.worker", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-P", "-m", "lightship.serving.worker", str(theirs.fileno())]
+        # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, process_group=0
+        )
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._writer.write(frame(self._arguments))
@@ -73,24 +84,36 @@ class Worker:
         self._reading = asyncio.create_task(self._listen(reader))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                message = await _read(reader)
-                stream = self._streams.get(message["id"])
-                if stream is None:
-                    continue  # cancelled meanwhile
-                if message["type"] == "refused":
-                    stream.put_nowait(
-                        RequestError(message["message"], message["param"], message["code"], message["status"])
-                    )
-                else:
-                    stream.put_nowait(Event(message["id"], tuple(message["tokens"]), tuple(message["logprobs"]),
-                                            message["finish"], message["error"]))  # fmt: skip
-        self.ready = False
-        for stream in self._streams.values():
-            stream.put_nowait(EngineDied("the engine process ended"))
+        try:
+            await self._dispatch(reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the child ended
+        except Exception:
+            log.exception("the engine process sent what cannot be read")
+        finally:
+            self.ready = False
+            reason = f"the engine process ended: {self.failure}" if self.failure else "the engine process ended"
+            for stream in self._streams.values():
+                stream.put_nowait(EngineDied(reason))
 
-    async def generate(self, tokens: Sequence[int], params: GenerationParams) -> AsyncIterator[Event]:
+    async def _dispatch(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            message = await _read(reader)
+            if message["type"] == "failed":
+                self.failure = message["message"]
+                continue
+            stream = self._streams.get(message["id"])
+            if stream is None:
+                continue  # cancelled meanwhile
+            if message["type"] == "refused":
+                stream.put_nowait(
+                    RequestError(message["message"], message["param"], message["code"], message["status"])
+                )
+            else:
+                stream.put_nowait(Event(message["id"], tuple(message["tokens"]), tuple(message["logprobs"]),
+                                        message["finish"], message["error"]))  # fmt: skip
+
+    async def generate(self, tokens: Sequence[int], params: GenerationParams) -> AsyncGenerator[Event, None]:
         """The events of one request, the last with its finish reason. Leaving early cancels the request."""
         if not self.ready or self._writer is None:
             raise EngineDied("the engine is not running")
@@ -158,7 +181,12 @@ class _Loop:
                     return
                 self._handle(engine, message)
             if engine.busy():
-                self._send_events(engine.step())
+                try:
+                    events = engine.step()
+                except Exception as error:  # the engine is dead, and this process with it
+                    self._fail(error)
+                    raise
+                self._send_events(events)
 
     def _load(self) -> Engine | None:
         arguments = next(iter(self._messages(wait=True)))
@@ -168,10 +196,13 @@ class _Loop:
             target = find("targets", arguments["target"])
             engine: Engine = target.open(Path(arguments["folder"]), EngineSettings(**arguments["settings"]))
         except Exception as error:  # whatever the runtime raises, the parent must hear of it
-            self._connection.sendall(frame({"type": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}))
+            self._fail(error)
             return None
         self._connection.sendall(frame({"type": "ready", "stats": engine.stats()}))
         return engine
+
+    def _fail(self, error: Exception) -> None:
+        self._connection.sendall(frame({"type": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}))
 
     def _messages(self, wait: bool) -> list[dict[str, Any] | None]:
         """Whole messages that have arrived; None stands for the closed socket. Blocks for the first when `wait`."""
@@ -213,9 +244,10 @@ class _Loop:
         params = msgspec.convert(message["params"], GenerationParams)
         try:
             self._outer[engine.submit(message["tokens"], params)] = outer
-        except RequestError as error:
+        except LightshipError as error:
             self._connection.sendall(frame({"type": "refused", "id": outer, "message": error.message,
-                                            "param": error.param, "code": error.code,
+                                            "param": getattr(error, "param", None),
+                                            "code": getattr(error, "code", None),
                                             "status": error.http_status}))  # fmt: skip
 
     def _send_events(self, events: list[Event]) -> None:
@@ -233,8 +265,9 @@ class _Loop:
 
 
 def main(descriptor: int) -> None:
-    """The child: Ctrl-C belongs to the parent, which closes the socket."""
+    """The child: signals to stop belong to the parent, which lets streams finish and then closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
     connection = socket.socket(fileno=descriptor)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone: nobody is left to tell
         _Loop(connection).run()

@@ -1,0 +1,165 @@
+"""The API over real HTTP with a real tiny model behind it, and clients nobody here wrote."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from lightship.errors import UsageError
+from lightship.serving.server import bind, running
+
+
+@pytest.fixture(scope="module")
+def url(bundle_path):
+    with running(bundle_path) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+MESSAGES = [{"role": "user", "content": "Hello there"}]
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list().data] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_stream_equals_whole_and_usage_is_exact(client):
+    options = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 40}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.completion_tokens <= 40
+    assert (whole.choices[0].finish_reason == "length") == (whole.usage.completion_tokens == 40)
+
+
+def test_the_model_answers_as_the_original_does(client, llama):
+    """Greedy text over HTTP equals greedy text by PyTorch, template and tokenizer included."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama.folder)
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = llama.load().generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=24)
+    assert answer.choices[0].message.content == tokenizer.decode(out, skip_special_tokens=True)
+    assert answer.usage.prompt_tokens == ids["input_ids"].shape[1]
+
+
+def test_same_seed_same_text(client):
+    options = {"model": "tiny", "prompt": "Once upon", "temperature": 1.0, "max_tokens": 30}
+    first, again, other = (client.completions.create(**options, seed=seed).choices[0].text for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_stop_strings(client):
+    text = client.completions.create(model="tiny", prompt="A", temperature=0, max_tokens=30).choices[0].text
+    stop = text[4:7]
+    answer = client.completions.create(model="tiny", prompt="A", temperature=0, max_tokens=30, stop=stop)
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_predict(url):
+    answer = httpx.post(f"{url}/predict", json={"input": "Hello there", "max_tokens": 8}, timeout=60)
+    assert set(answer.json()) >= {"output", "usage"} and answer.status_code == 200
+
+
+BAD = [
+    ("/v1/chat/completions", {"messages": []}, 400),
+    ("/v1/chat/completions", {}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "n": 2}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "logit_bias": {"5": 1}}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "temprature": 1}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 3}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5000}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "model": "other"}, 404),
+    ("/v1/chat/completions", {"messages": MESSAGES, "stop": ["a"] * 5}, 400),
+    ("/v1/completions", {"prompt": "", "max_tokens": 1}, 400),
+    ("/v1/completions", {"prompt": [99999], "max_tokens": 1}, 400),
+    ("/v1/completions", {"prompt": [-1], "max_tokens": 1}, 400),
+    ("/v1/completions", {"prompt": [5] * 2048, "max_tokens": 1}, 400),
+    ("/v1/completions", {"prompt": "x", "logprobs": 3, "echo": True}, 400),
+    ("/predict", {"input": 5}, 400),
+    ("/predict", {"text": "x"}, 400),
+    ("/nothing", {}, 404),
+    ("/livez", {}, 405),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "status"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_requests_get_the_envelope(url, route, body, status):
+    answer = httpx.post(url + route, json=body, timeout=30)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and len(answer.content) < 600
+    assert error["code"] is None or isinstance(error["code"], str)
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b"[" * 100_000])
+def test_malformed_json(url, body):
+    answer = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "error" in answer.json()
+    assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_a_disconnect_cancels(url, bundle_path):
+    """The engine is free again at once: a full-context request that was left does not delay the next one."""
+    body = {"prompt": "Once", "max_tokens": 2000, "stream": True, "temperature": 1, "seed": 3}
+    for _ in range(3):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+            next(answer.iter_lines())
+    assert httpx.post(f"{url}/predict", json={"input": "x", "max_tokens": 4}, timeout=30).status_code == 200
+
+
+def test_a_port_in_use_is_said_before_loading():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UsageError, match="in use"):
+            bind("127.0.0.1", taken.getsockname()[1])
+
+
+def worker_pids():
+    """Engine processes below this one."""
+    from lightship.evaluation.memory import tree
+
+    return [
+        pid for pid in tree(os.getpid()) if b"lightship.serving.worker" in open(f"/proc/{pid}/cmdline", "rb").read()
+    ]
+
+
+def test_the_api_outlives_its_engine(bundle_path):
+    """Kill the engine in the middle of a stream: a clean error, not ready, still alive."""
+    before = set(worker_pids())
+    with running(bundle_path) as url:
+        (pid,) = set(worker_pids()) - before
+        body = {"prompt": "Once", "max_tokens": 2000, "stream": True, "temperature": 1, "seed": 3}
+        lines = []
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+            for line in answer.iter_lines():
+                if line and not lines:
+                    os.kill(pid, signal.SIGKILL)
+                lines += [line] if line else []
+        events = [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+        assert events[-1]["error"]["type"] == "server_error"
+        assert httpx.get(f"{url}/livez").status_code == 200
+        time.sleep(0.1)
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.post(f"{url}/predict", json={"input": "x"}).status_code == 503
+    assert set(worker_pids()) == before

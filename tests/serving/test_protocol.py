@@ -1,0 +1,311 @@
+"""The protocol between API, worker process and engine, with `FakeEngine` in a real child and real HTTP in front.
+
+The fake counts upwards and token ids are bytes, so that a prompt decides exactly what is said: "a" gives "bcdef…".
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lightship.engine import EngineSettings, GenerationParams
+from lightship.errors import EngineDied
+from lightship.serving.app import BODY_LIMIT, create_app
+from lightship.serving.model import ServedModel
+from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.text import TextStream, load_tokenizer
+from lightship.serving.worker import Worker
+
+CONTEXT = 4_000_000
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte; id = value of the byte."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    vocabulary = {chr(byte if byte in printable else next(spare)): byte for byte in range(256)}
+    assert set(vocabulary) == set(letters)
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fake")
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(5)  # must be switched off: a prompt is never cut silently
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "max_position_embeddings": CONTEXT}))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (folder / "fake.json").write_text(json.dumps({"eos_token_id": ord("~")}))
+    return folder
+
+
+@contextlib.contextmanager
+def served(folder):
+    worker = Worker("fake", folder, EngineSettings())
+    app = create_app(worker, ServedModel.load("org/fake", "0" * 64, folder))
+    with bind("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        try:
+            wait_ready(url_of(bound), 30, thread.is_alive)
+            yield url_of(bound), worker
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert not worker.alive
+
+
+@pytest.fixture(scope="module")
+def api(folder):
+    with served(folder) as (url, worker):
+        yield url, worker
+
+
+@pytest.fixture(scope="module")
+def client(api):
+    return openai.OpenAI(base_url=f"{api[0]}/v1", api_key="none", max_retries=0)
+
+
+def say(client, prompt, **options):
+    return client.completions.create(model="org/fake", prompt=prompt, **options)
+
+
+def test_text_usage_and_end_are_exact(client):
+    answer = say(client, "abcdefgh", max_tokens=5)
+    assert answer.choices[0].text == "ijklm" and answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (8, 5, 13)
+    ended = say(client, "w", max_tokens=50)
+    assert ended.choices[0].text == "xyz{|}" and ended.choices[0].finish_reason == "stop"
+    assert ended.usage.completion_tokens == 6
+
+
+def test_a_prompt_may_be_ids_or_a_list_of_one_and_not_several(client):
+    for prompt in ([97], ["a"], [[97]]):
+        assert say(client, prompt, max_tokens=2).choices[0].text == "bc"
+    for prompt in (["a", "b"], [[97], [98]]):
+        with pytest.raises(openai.BadRequestError, match="one prompt a request"):
+            say(client, prompt)
+
+
+def test_a_chat_stream_with_usage(client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    stream = client.chat.completions.create(
+        model="org/fake",
+        messages=messages,
+        max_completion_tokens=4,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, ending, last = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "bcde"
+    assert ending.choices[0].finish_reason == "length" and ending.usage is None
+    assert last.choices == [] and last.usage.completion_tokens == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_over_several_tokens(client, stream):
+    answer = say(client, "a", max_tokens=20, stop=["efg", "zzz"], stream=stream)
+    if not stream:
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("bcd", "stop")
+        return
+    chunks = list(answer)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "bcd"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_ids_with_slashes_can_be_retrieved(client):
+    assert client.models.retrieve("org/fake").id == "org/fake"
+
+
+SECRET = "do-not-echo-" * 30
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+REFUSED = [
+    ("/v1/chat/completions", {**CHAT, "temperature": SECRET}, 400, "temperature"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": "5"}, 400, "max_tokens"),
+    ("/v1/chat/completions", {**CHAT, "unheard_of": 1}, 400, "unheard_of"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens"),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True}, 400, "logprobs"),
+    ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ("/v1/chat/completions", {"messages": [{"role": SECRET, "content": "a"}]}, 400, "messages.0.role"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", "name": "x"}]}, 400, "messages.0.name"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}]}, 400, "messages"),
+    ("/v1/completions", {"prompt": "a", "stop": ""}, 400, "stop"),
+    ("/v1/completions", {"prompt": [10**30]}, 400, "prompt"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+    ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    ("/predict", {"input": ""}, 400, "input"),
+    ("/v1/models/none", None, 404, "model"),
+    ("/v1/completions", None, 405, None),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "status", "param"), REFUSED, ids=lambda value: str(value)[:50])
+def test_refusals_name_the_parameter_and_echo_nothing(api, route, body, status, param):
+    answer = httpx.get(api[0] + route) if body is None else httpx.post(api[0] + route, json=body)
+    assert answer.status_code == status and set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["param"] == param
+    assert "do-not-echo" not in answer.text and len(error["message"]) <= 300
+
+
+RAW = [b'{"prompt": "\\ud800"}', b'{"prompt": "a", "temperature": NaN}', b'{"prompt": ' + b"9" * 9000 + b"}", b"null"]
+
+
+@pytest.mark.parametrize("body", RAW, ids=["surrogate", "nan", "digits", "null"])
+def test_json_no_client_should_send(api, body):
+    answer = httpx.post(f"{api[0]}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_huge_body_is_refused(api, declared):
+    body = b" " * (BODY_LIMIT + 1)
+    content = body if declared else iter([body[:-9], body[-9:]])
+    answer = httpx.post(f"{api[0]}/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+def endless(url, **options):
+    body = {"prompt": [0], "max_tokens": 1_000_000, "stop": ["never"], **options}
+    return httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def endless_folder(folder, tmp_path_factory):
+    """The same without an end token."""
+    endless = tmp_path_factory.mktemp("endless")
+    for name in ("tokenizer.json", "config.json"):
+        (endless / name).write_bytes((folder / name).read_bytes())
+    return endless
+
+
+def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
+    with served(endless_folder) as (url, worker):
+        with endless(url, stream=True) as answer:
+            next(answer.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json={"prompt": [0], "max_tokens": 1_000_000}, timeout=0.2)
+        deadline = time.monotonic() + 5
+        while worker._streams and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not worker._streams
+        with endless(url, stream=True) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(worker.pid, signal.SIGTERM)  # ignored: only the parent ends a worker
+            os.kill(worker.pid, signal.SIGINT)
+            next(lines)
+            assert worker.alive
+            os.kill(worker.pid, signal.SIGKILL)
+            data = [line for line in lines if line]
+        assert json.loads(data[-2][6:])["error"]["type"] == "server_error" and data[-1] == "data: [DONE]"
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        answer = httpx.post(f"{url}/predict", json={"input": "a"})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "unavailable"
+
+
+def test_a_step_that_fails_says_why(folder, tmp_path):
+    (tmp_path / "fake.json").write_text('{"fail_after": 3}')
+
+    async def run():
+        worker = Worker("fake", tmp_path, EngineSettings())
+        await worker.start()
+        with pytest.raises(EngineDied, match="told to fail"):
+            async for _ in worker.generate([1], GenerationParams(max_tokens=9)):
+                pass
+        assert not worker.ready
+        await worker.close()
+
+    asyncio.run(run())
+
+
+def test_the_child_ends_when_its_parent_is_killed(tmp_path):
+    code = (
+        "import asyncio, pathlib, sys\nfrom lightship.engine import EngineSettings\n"
+        "from lightship.serving.worker import Worker\n"
+        "async def main():\n    worker = Worker('fake', pathlib.Path(sys.argv[1]), EngineSettings())\n"
+        "    await worker.start()\n    print(worker.pid, flush=True)\n    await asyncio.sleep(60)\n"
+        "asyncio.run(main())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not gone(child):
+        time.sleep(0.02)
+    assert gone(child)
+
+
+def gone(pid) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_serving_imports_nothing_of_the_build():
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'nncf', 'openvino'): sys.modules[name] = None\n"
+        "import lightship.serving.server, lightship.serving.client, lightship.serving.worker"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("garbage", [b"\x80", b"\xf0\x9f", b"\xef\xbf\xbd"])
+def test_bytes_that_are_no_text_are_not_decoded_again_and_again(folder, garbage):
+    """The window stays small, and what follows is whole again."""
+    stream = TextStream(load_tokenizer(folder))
+    said = ""
+    for byte in garbage * 200 + "a漢🚢z".encode():
+        said += stream.push([byte])
+        assert len(stream._ids) < 24
+    assert (said + stream.finish()).endswith("a漢🚢z")
+
+
+SERVE = """
+import pathlib, sys
+from lightship.serving import server
+from lightship.bundle import Bundle
+
+folder = pathlib.Path(sys.argv[1])
+Bundle.open = staticmethod(lambda path: Bundle(folder, {"name": "fake", "targets": ["fake"]}, "0" * 64))
+Bundle.target_folder = lambda self, name: folder
+server.serve(folder, port=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_streams_finish_and_ends_with_0(folder, kind):
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(port)]) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(url, 30, lambda: process.poll() is None)
+        body = {"prompt": [ord("~")], "max_tokens": 20_000, "stop": ["never"], "stream": True}  # a turn of 255 tokens
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(kind)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(10) == 0
