@@ -259,5 +259,8 @@ def test_the_digest_sees_every_change(copy):
 
 
 def test_importing_loads_nothing_heavy():
-    code = "import sys, lightship.checkpoint, lightship.sources; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+    code = (
+        "import sys, lightship.checkpoint, lightship.sources; "
+        "sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

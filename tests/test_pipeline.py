@@ -76,10 +76,11 @@ def test_check_finds_another_model_behind_a_valid_manifest(bundle_path, tmp_path
     manifest = json.loads((forged / "manifest.json").read_text())
     (forged / "manifest.json").unlink()
     weights = forged / "targets" / "openvino" / "openvino_model.bin"
-    values = np.fromfile(weights, np.float32)
+    data = bytearray(weights.read_bytes())
+    values = np.frombuffer(data, np.float32, len(data) // 4)
     weight = (np.abs(values) > 1e-3) & (np.abs(values) < 10)  # the file holds integers too
     values[weight] *= np.float32(1.5)
-    values.tofile(weights)
+    weights.write_bytes(data)
     pack(forged, {key: manifest[key] for key in manifest if key not in ("files", "format", "version")})
     with pytest.raises(LimitExceeded, match="on this machine"):
         check(forged, repeats=1)

@@ -22,6 +22,10 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors name → torch name
 STRUCTURE_VERSION = 1
 STRUCTURE_FIELDS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+LLAMA_PARTS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.head_dim",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "*.model",
@@ -231,6 +235,7 @@ class Checkpoint:
 
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.tie_weights()  # skipped together with the initialisation
         for layer, sizes in zip(_llama_layers(model), structure, strict=True):
             _resize(layer, sizes)
         stored: dict[str, torch.Tensor] = {}
@@ -309,9 +314,7 @@ def structure_of(model: PreTrainedModel) -> list[dict[str, int]] | None:
 def _llama_layers(model: Any) -> list[Any]:
     """The decoder layers of a llama-like model (separate q, k, v, o and gate, up, down projections)."""
     layers = list(getattr(getattr(model, "model", None), "layers", ()))
-    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    parts += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    if not layers or not all(_has(layer, part) for layer in layers for part in parts):
+    if not layers or not all(_has(layer, part) for layer in layers for part in LLAMA_PARTS):
         raise UnsupportedError(
             f"structure.json needs llama-like layers; {type(model).__name__} has others",
             hint="cut layers differ only in models with q, k, v, o and gate, up, down projections",
@@ -321,7 +324,7 @@ def _llama_layers(model: Any) -> list[Any]:
 
 def _has(layer: Any, part: str) -> bool:
     outer, inner = part.split(".")
-    return hasattr(getattr(layer, outer, None), inner) and hasattr(layer.self_attn, "head_dim")
+    return hasattr(getattr(layer, outer, None), inner)
 
 
 def _resize(layer: Any, sizes: Mapping[str, int]) -> None:

@@ -2,60 +2,100 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightship.checkpoint import Checkpoint
+from lightship.checkpoint import Checkpoint, now, write_json
 from lightship.errors import SourceError, UnsupportedError
 
 EXTRA = "build"
+HALF = {"F16": "float16", "BF16": "bfloat16"}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
-    """Write the model in the GGUF file `source` into `folder` as a checkpoint. Raises `SourceError` when damaged."""
+    """Write the model in the GGUF file `source` into `folder` as a checkpoint, quantised tensors as float32.
+
+    A file of 16-bit floats only keeps its type. Raises `SourceError` when the file is damaged, `UnsupportedError` when
+    transformers would not read all of it.
+    """
     path = Path(source)
-    types = tensor_types(path)
+    reader = _open(path)
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    _refuse_what_would_be_dropped(path, reader)
     log(f"GGUF tensors: {', '.join(f'{count} {name}' for name, count in types.most_common())}")
-    model, tokenizer = _load(path)
+    model, tokenizer = _load(path, dtype_for(types))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     template = getattr(tokenizer, "chat_template", None)
     if template and not (folder / "chat_template.jinja").exists():
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     entry = {
         "step": "gguf",
+        "options": {},
         "source": path.name,
+        "digest": digest,
         "bytes": path.stat().st_size,
         "precision": dict(types),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
     }
-    (folder / "lineage.json").write_text(json.dumps([entry], indent=1) + "\n")
+    write_json(folder / "lineage.json", [entry])
     return Checkpoint(folder)
 
 
 def tensor_types(path: Path) -> Counter[str]:
     """How many tensors of each GGUF type the file holds. Raises `SourceError` when it is cut short or no GGUF file."""
+    return Counter(tensor.tensor_type.name for tensor in _open(path).tensors)
+
+
+def dtype_for(types: Counter[str]) -> str:
+    """The dtype to save in: 16 bits when the matrices are all of one such type, else float32, which loses nothing."""
+    found = set(types) - {"F32"}  # norms and biases are F32 in every file
+    return HALF.get(found.pop(), "float32") if len(found) == 1 else "float32"
+
+
+def _open(path: Path) -> Any:
+    """A `GGUFReader` whose tensors all lie inside the file."""
     from gguf import GGUFReader
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} does not begin with the GGUF magic", hint="it is damaged, or no GGUF file")
     try:
-        tensors = GGUFReader(path).tensors
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
+        reader = GGUFReader(path)
+    except (ValueError, LookupError, ArithmeticError, TypeError, MemoryError) as error:
         raise SourceError(f"{path} is cut short or damaged: {error}", hint="fetch the file again") from error
-    end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors), default=0)
-    if not tensors or end > path.stat().st_size:
+    end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
+    if not reader.tensors or end > path.stat().st_size:
         raise SourceError(f"{path} is cut short: {path.stat().st_size} bytes of {end}", hint="fetch the file again")
-    return Counter(tensor.tensor_type.name for tensor in tensors)
+    return reader
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _refuse_what_would_be_dropped(path: Path, reader: Any) -> None:
+    """Refuse files of which transformers 5.23 drops a part without a word: the shards beside it, and scaled RoPE."""
+    field = reader.get_field("split.count")
+    if field is not None and int(field.contents()) > 1:
+        raise UnsupportedError(f"{path} is one of {field.contents()} parts", hint="join them: llama-gguf-split --merge")
+    kind = reader.get_field("general.architecture")
+    architecture = str(kind.contents()) if kind is not None else ""
+    if architecture == "gpt-oss":
+        return  # the only one whose scaling is read
+    scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+    named = scaling is not None and str(scaling.contents()) != "none"
+    if named or any(tensor.name in ROPE_TENSORS for tensor in reader.tensors):
+        raise UnsupportedError(
+            f"{path} scales its rotary positions, and reading it would drop that: the model would answer worse, silently",
+            hint="give the safetensors release of this model",
+        )
+
+
+def _load(path: Path, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer. The model is rebuilt from its config: the de-quantised one refuses to be saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -63,10 +103,17 @@ def _load(path: Path) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     try:
-        source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        source, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedError(f"transformers cannot read the architecture in {path}: {error}") from error
+    except (OSError, RuntimeError, TypeError, LookupError) as error:
+        raise SourceError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(each) for each in info["mismatched_keys"])
+    if missing:  # left as they are, those weights would be random numbers
+        raise SourceError(f"{path} lacks {', '.join(missing[:5])} ({len(missing)} in all)", hint="fetch the file again")
     config = source.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -74,7 +121,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     config.__dict__.pop("_model_name_or_path", None)
     config.architectures = [type(source).__name__]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig.from_model_config(config)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from lightship.checkpoint import Checkpoint, read_json
+from lightship.checkpoint import Checkpoint, read_json, safetensors_header
 from lightship.errors import SourceError, UnsupportedError
 from lightship.sources import pickle
 
 EXTRA = "build"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-HEADER_LIMIT = 100 * 2**20  # bytes, as the safetensors format itself sets it
 
 
 def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
     """Check the checkpoint folder `source` and use it where it lies (it is never written to)."""
     place = Path(source)
+    _refuse_adapter(place)
     config = read_json(place / "config.json")
     if "model_type" not in config:
         raise SourceError(f"{place / 'config.json'} has no model_type", hint="is this a transformers checkpoint?")
@@ -34,6 +32,15 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
     return Checkpoint(place)
 
 
+def _refuse_adapter(place: Path) -> None:
+    """A LoRA folder is no model, and loading one beside a model would change the weights unseen."""
+    if (place / "adapter_config.json").is_file():
+        raise UnsupportedError(
+            f"{place} holds an adapter (adapter_config.json), not a whole model",
+            hint="merge it into its base first: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)",
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of `folder`; those of the index where there is one, all inside the folder."""
     index = folder / "model.safetensors.index.json"
@@ -45,9 +52,11 @@ def weight_files(folder: Path) -> list[Path]:
         for name in files:
             if Path(name).name != name:
                 raise SourceError(f"{index} points outside its folder: {name!r}")
+            if not name.endswith(".safetensors"):
+                raise SourceError(f"{index} names {name!r}, which is no safetensors file")
             if not (folder / name).is_file():
                 raise SourceError(f"{folder} lacks {name}, which its index names", hint="the download is incomplete")
-        return [folder / name for name in files]
+        return [*Checkpoint(folder).weight_files]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         pickled = [path for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(suffix)]
@@ -58,34 +67,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise `SourceError` when `path` is cut short or its header does not describe it exactly.
-
-    Format: 8 bytes little-endian header length, JSON header, then the tensors without holes.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise SourceError(f"{path} is cut short or no safetensors file ({size} bytes)", hint="fetch it again")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise SourceError(f"{path} has a damaged safetensors header: {error}", hint="fetch it again") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise SourceError(f"{path} has {size} bytes, its header describes {expected}", hint="fetch it again")
+    """Raise `SourceError` when `path` is cut short or its header does not describe it exactly."""
+    safetensors_header(path)
 
 
-def download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None, token: str | None = None) -> Path:
     """Fetch the hub model `name` (safetensors, configuration and tokenizer only) and return its folder.
 
-    Honours HF_HUB_OFFLINE, HF_TOKEN and HF_HOME as huggingface_hub does.
+    Honours HF_HUB_OFFLINE, HF_TOKEN (unless `token` is given) and HF_HOME as huggingface_hub does. Raises `SourceError`
+    saying whether the model, the revision, the right to read it or the network is missing.
     """
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=WANTED))
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE")
         reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"

@@ -237,8 +237,11 @@ class OpenVINOScorer:
         import openvino as ov
 
         core = ov.Core()
-        graph = core.read_model(folder / GRAPH)
-        self._request = core.compile_model(graph, "CPU", properties(folder, settings)).create_infer_request()
+        try:
+            compiled = core.compile_model(core.read_model(folder / GRAPH), "CPU", properties(folder, settings))
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot load {folder / GRAPH}: {str(error).splitlines()[-1]}") from error
+        self._request = compiled.create_infer_request()
 
     def logits(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return np.concatenate(list(self.blocks(ids, mask, ids.shape[1])), axis=1)
