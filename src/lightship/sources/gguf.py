@@ -90,7 +90,7 @@ def _refuse_what_would_be_dropped(path: Path, reader: Any) -> None:
     named = scaling is not None and str(scaling.contents()) != "none"
     if named or any(tensor.name in ROPE_TENSORS for tensor in reader.tensors):
         raise UnsupportedError(
-            f"{path} scales its rotary positions, and reading it would drop that: the model would answer worse, silently",
+            f"{path} scales its rotary positions, and reading it would drop that: silently worse answers",
             hint="give the safetensors release of this model",
         )
 
