@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from lightship.checkpoint import Checkpoint, save, structure_of
-from lightship.errors import SourceError, UnsupportedError, UsageError
+from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
 from tests.tiny import tiny_gpt2, tiny_llama
 
 IDS = torch.arange(1, 41).reshape(2, 20)
@@ -264,3 +264,10 @@ def test_importing_loads_nothing_heavy():
         "sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_serving_installation_says_what_is_missing(llama, monkeypatch):
+    monkeypatch.setattr("lightship.checkpoint.find_spec", lambda name: None if name == "transformers" else object())
+    with pytest.raises(MissingExtra, match="transformers") as caught:
+        llama.load()
+    assert caught.value.hint == 'pip install "lightship[build]"'

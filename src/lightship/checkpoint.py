@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightship.errors import SourceError, UnsupportedError, UsageError
+from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,13 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "*.model",
 )  # fmt: skip
+
+
+def require(*packages: str, extra: str = "build") -> None:
+    """Raise `MissingExtra` naming the first of `packages` that is not installed. Imports none of them."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra(f"the package {package!r} is not installed", hint=f'pip install "lightship[{extra}]"')
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,6 +183,7 @@ class Checkpoint:
         Raises `UnsupportedError` for custom code, an unknown architecture or quantised weights, `SourceError` when
         weights are missing, left over or of another shape than configuration and structure say.
         """
+        require("torch", "transformers", "safetensors")
         from transformers import AutoConfig
         from transformers.utils import logging as transformers_logging
 

@@ -1,18 +1,21 @@
-"""A `.gguf` file of llama.cpp, de-quantised to float32 safetensors."""
+"""A `.gguf` file of llama.cpp, de-quantised to safetensors."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from lightship.checkpoint import Checkpoint, now, write_json
+from lightship.checkpoint import Checkpoint, now, require, write_json
 from lightship.errors import SourceError, UnsupportedError
 
 EXTRA = "build"
 HALF = {"F16": "float16", "BF16": "bfloat16"}
+BAR = "GGUF tensors...:"
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -27,7 +30,7 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     _refuse_what_would_be_dropped(path, reader)
     log(f"GGUF tensors: {', '.join(f'{count} {name}' for name, count in types.most_common())}")
-    model, tokenizer = _load(path, dtype_for(types))
+    model, tokenizer = _load(path, dtype_for(types), log)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -62,13 +65,24 @@ def dtype_for(types: Counter[str]) -> str:
 
 def _open(path: Path) -> Any:
     """A `GGUFReader` whose tensors all lie inside the file."""
+    require("gguf", "torch", "transformers", "accelerate")
     from gguf import GGUFReader
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} does not begin with the GGUF magic", hint="it is damaged, or no GGUF file")
+
+    class Bounded(GGUFReader):  # type: ignore[misc]
+        """Past the end of the file the original answers empty arrays: a long enough array would be read for ever."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *rest, **named)
+            if len(found) < count:
+                raise ValueError(f"it ends before byte {offset}")
+            return found
+
     try:
-        reader = GGUFReader(path)
+        reader = Bounded(path)
     except (ValueError, LookupError, ArithmeticError, TypeError, MemoryError) as error:
         raise SourceError(f"{path} is cut short or damaged: {error}", hint="fetch the file again") from error
     end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
@@ -95,22 +109,27 @@ def _refuse_what_would_be_dropped(path: Path, reader: Any) -> None:
         )
 
 
-def _load(path: Path, dtype: str) -> tuple[Any, Any]:
+def _load(path: Path, dtype: str, log: Callable[[str], None]) -> tuple[Any, Any]:
     """Model and tokenizer. The model is rebuilt from its config: the de-quantised one refuses to be saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    said = StringIO()  # transformers draws one progress bar here that no setting of its own turns off
     try:
-        source, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with redirect_stderr(said):
+            source, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedError(f"transformers cannot read the architecture in {path}: {error}") from error
     except (OSError, RuntimeError, TypeError, LookupError) as error:
         raise SourceError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    for line in said.getvalue().replace("\r", "\n").splitlines():
+        if line.strip() and BAR not in line:
+            log(line.strip())
     missing = sorted(info["missing_keys"]) + sorted(str(each) for each in info["mismatched_keys"])
     if missing:  # left as they are, those weights would be random numbers
         raise SourceError(f"{path} lacks {', '.join(missing[:5])} ({len(missing)} in all)", hint="fetch the file again")
@@ -121,8 +140,9 @@ def _load(path: Path, dtype: str) -> tuple[Any, Any]:
     config.__dict__.pop("_model_name_or_path", None)
     config.architectures = [type(source).__name__]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
+    model.to(getattr(torch, dtype))
     model.generation_config = GenerationConfig.from_model_config(config)
     return model, tokenizer

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lightship.checkpoint import Checkpoint, read_json, safetensors_header
+from lightship.checkpoint import Checkpoint, read_json, require, safetensors_header
 from lightship.errors import SourceError, UnsupportedError
 from lightship.sources import pickle
 
@@ -77,6 +77,7 @@ def download(name: str, revision: str | None, token: str | None = None) -> Path:
     Honours HF_HUB_OFFLINE, HF_TOKEN (unless `token` is given) and HF_HOME as huggingface_hub does. Raises `SourceError`
     saying whether the model, the revision, the right to read it or the network is missing.
     """
+    require("huggingface_hub")
     from huggingface_hub import errors, snapshot_download
 
     try:
