@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +25,19 @@ from lightship.report import Report
 
 FORMAT, VERSION = "lightship-bundle", 1
 MANIFEST = "manifest.json"
+WRITING = f".{MANIFEST}.writing"
 MANIFEST_LIMIT = 16 * 2**20
+GOLDEN_LIMIT = 256 * 2**20  # unpacked: a compressed array may not fill the memory
+HASH_THREADS = 4  # hashing releases the GIL
 REBUILD = "ship the model again, or fetch the bundle again from where it was approved"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle; make one with `Bundle.open` or `pack`."""
+    """A bundle: `Bundle.open` verifies one that lies there, `pack` seals a new one.
+
+    `digest` is the SHA-256 of the manifest's bytes; since these list every file's SHA-256, it covers them all.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -50,7 +59,7 @@ class Bundle:
 
     @property
     def targets(self) -> list[str]:
-        """Runtime folders, the preferred one first."""
+        """Runtime folders, the preferred one first; never empty."""
         return list(self.manifest["targets"])
 
     def target_folder(self, name: str) -> Path:
@@ -62,7 +71,7 @@ class Bundle:
     @property
     def report(self) -> Report:
         """What was measured when the bundle was made."""
-        return Report.from_json((self.folder / "report.json").read_text(encoding="utf-8"))
+        return Report.from_json(self._read("report.json").decode("utf-8", "replace"))
 
     @property
     def size_bytes(self) -> int:
@@ -70,24 +79,69 @@ class Bundle:
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
     def golden(self) -> tuple[list[list[int]], dict[str, npt.NDArray[Any]]]:
-        """The token rows and the original's top-k log-probabilities for each of their positions."""
-        rows = json.loads((self.folder / "golden" / "tokens.json").read_text())["rows"]
-        with np.load(self.folder / "golden" / "logprobs.npz", allow_pickle=False) as arrays:
-            return rows, dict(arrays)
+        """Token rows, and `ids` int32 and `logprobs` float32, (positions, k): the original's k likeliest next tokens.
+
+        Positions are those of the rows, one row after the other. Nothing in the files can run code (no pickle).
+        """
+        return _golden(self._read("golden/tokens.json"), self.folder / "golden" / "logprobs.npz")
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise IncompleteBundle(f"{self.folder}: cannot read {name}: {error.strerror}", hint=REBUILD) from error
+
+
+def verify(path: Path | str) -> None:
+    """Raise unless the bundle at `path` is complete and unchanged since it was sealed. Says nothing about by whom."""
+    Bundle.open(path)
 
 
 def pack(folder: Path, manifest: dict[str, Any]) -> Bundle:
-    """Seal `folder`: list its files in `manifest.json`, written last and in one rename."""
-    files = {name: _describe(folder / name) for name in _walk(folder)}
-    complete = {**manifest, "format": FORMAT, "version": VERSION, "files": files}
-    raw = (json.dumps(complete, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
-    temporary = folder / f".{MANIFEST}.writing"
-    with temporary.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
-    return Bundle.open(folder)
+    """Seal `folder`: hash its files and list them in `manifest.json`, written last and in one rename.
+
+    `manifest` needs `name` and `targets`; `format`, `version` and `files` are set here. Raises `BundleError`, and
+    writes nothing, when the folder holds a link, an odd name or anything else that `Bundle.open` would refuse.
+    """
+    (folder / WRITING).unlink(missing_ok=True)  # of a run that was interrupted
+    names = sorted(_walk(folder))
+    complete = {**manifest, "format": FORMAT, "version": VERSION, "files": _describe_all(folder, names)}
+    try:
+        raw = _canonical(complete)
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"the manifest cannot be written as JSON: {error}") from error
+    if len(raw) > MANIFEST_LIMIT:
+        raise BundleError(f"the manifest has {len(raw)} bytes; at most {MANIFEST_LIMIT} are allowed")
+    sealed = Bundle(folder, _parse(raw), hashlib.sha256(raw).hexdigest())
+    _write_atomically(folder, raw)
+    return sealed
+
+
+def _write_atomically(folder: Path, raw: bytes) -> None:
+    """A crash leaves either no manifest or the whole one."""
+    temporary = folder / WRITING
+    try:
+        with temporary.open("xb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ── The manifest ────────────────────────────────────────────────────────────
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def _manifest_bytes(folder: Path) -> bytes:
@@ -98,69 +152,133 @@ def _manifest_bytes(folder: Path) -> bytes:
         raise TamperedBundle(f"{path} is a symbolic link", hint=REBUILD)
     if not path.is_file():
         raise IncompleteBundle(f"{folder} has no {MANIFEST}: it is not a bundle, or was never finished", hint=REBUILD)
-    if path.stat().st_size > MANIFEST_LIMIT:
-        raise TamperedBundle(f"{path} is larger than {MANIFEST_LIMIT} bytes", hint=REBUILD)
-    return path.read_bytes()
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MANIFEST_LIMIT + 1)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    if len(raw) > MANIFEST_LIMIT:
+        _refuse(f"{path} is larger than {MANIFEST_LIMIT} bytes")
+    return raw
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
+    """The manifest in `raw`, every field this version relies on checked."""
     try:
         manifest = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise TamperedBundle(f"{MANIFEST} is not valid JSON: {error}", hint=REBUILD) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise TamperedBundle(f"{MANIFEST} does not say format {FORMAT!r}", hint=REBUILD)
+        _refuse(f"{MANIFEST} does not say format {FORMAT!r}")
     version = manifest.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise UnsupportedError(
-            f"bundle version {version!r}; this lightship reads up to {VERSION}", hint="upgrade lightship"
-        )
-    files = manifest.get("files")
-    targets = manifest.get("targets")
-    if not isinstance(files, dict) or not isinstance(targets, list) or not isinstance(manifest.get("name"), str):
-        raise TamperedBundle(f"{MANIFEST} lacks name, targets or files", hint=REBUILD)
-    for name, entry in files.items():
-        _check_name(name)
-        if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
-            raise TamperedBundle(f"{MANIFEST} describes {name!r} wrongly", hint=REBUILD)
-    for target in targets:
-        _check_name(target)
+    if type(version) is not int or version < 1:  # a bool is an int
+        _refuse(f"{MANIFEST} has version {version!r}, expected a positive integer")
+    if version > VERSION:
+        raise UnsupportedError(f"bundle version {version}; this lightship reads up to {VERSION}", "upgrade lightship")
+    _check_fields(manifest)
+    try:
+        same = _canonical(manifest) == raw
+    except (ValueError, RecursionError) as error:  # a lone surrogate, an infinity
+        raise TamperedBundle(f"{MANIFEST} holds a value it may not hold: {error}", hint=REBUILD) from error
+    if not same:  # a key given twice, another encoding: two readers could read two things
+        _refuse(f"{MANIFEST} is not in canonical form")
     return manifest
 
 
-def _check_name(name: Any) -> None:
-    """Only normalised relative POSIX paths below the bundle."""
-    plain = (
-        isinstance(name, str) and name and "\\" not in name and "\0" not in name and str(PurePosixPath(name)) == name
-    )
-    if not plain or name.startswith("/") or ".." in name.split("/") or name in (".", MANIFEST):
-        raise TamperedBundle(f"{MANIFEST} lists a path outside the bundle: {name!r}", hint=REBUILD)
+def _check_fields(manifest: dict[str, Any]) -> None:
+    name, files, targets = manifest.get("name"), manifest.get("files"), manifest.get("targets")
+    if not (isinstance(name, str) and name and isinstance(files, dict) and isinstance(targets, list) and targets):
+        _refuse(f"{MANIFEST} lacks name, targets or files")
+    for path, entry in files.items():
+        _check_path(path)
+        _check_entry(path, entry)
+    for target in targets:
+        if not isinstance(target, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", target):
+            _refuse(f"{MANIFEST} lists a target outside the bundle: {target!r}")
+        if not any(path.startswith(f"targets/{target}/") for path in files):
+            raise IncompleteBundle(f"{MANIFEST} lists no file below targets/{target}", hint=REBUILD)
+
+
+def _check_entry(path: str, entry: Any) -> None:
+    described = isinstance(entry, dict) and set(entry) == {"sha256", "size"}
+    if not described or type(entry["size"]) is not int or entry["size"] < 0:
+        _refuse(f"{MANIFEST} describes {path!r} wrongly")
+    if not isinstance(entry["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+        _refuse(f"{MANIFEST} describes {path!r} wrongly")
+
+
+def _check_path(name: str) -> None:
+    """Only normalised relative POSIX paths below the bundle, in printable characters."""
+    parts = name.split("/")
+    normal = "\\" not in name and str(PurePosixPath(name)) == name
+    if not name or not normal or name.startswith("/") or ".." in parts or name in (".", MANIFEST):
+        _refuse(f"{MANIFEST} lists a path outside the bundle: {name!r}")
+    if not name.isprintable() or set(name) & set(':*?"<>|') or any(part.endswith((".", " ")) for part in parts):
+        _refuse(f"a bundle cannot hold the name {name!r}: it does not mean one file on every system")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TamperedBundle(message, hint=REBUILD)
+
+
+# ── The files ───────────────────────────────────────────────────────────────
 
 
 def _walk(folder: Path) -> Iterator[str]:
     """Every file below `folder` but the manifest, as a POSIX path. Raises for anything but files and folders."""
-    for root, folders, files in os.walk(folder, followlinks=False):
-        for name in sorted([*folders, *files]):
+
+    def unreadable(error: OSError) -> NoReturn:  # os.walk would pass over it in silence
+        raise BundleError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for root, folders, files in os.walk(folder, followlinks=False, onerror=unreadable):
+        folders.sort()
+        for name in [*folders, *sorted(files)]:
             path = Path(root) / name
             relative = path.relative_to(folder).as_posix()
-            if path.is_symlink():
-                raise TamperedBundle(f"{relative} is a symbolic link", hint=REBUILD)
-            if name in folders:
-                continue
-            if not path.is_file():
-                raise TamperedBundle(f"{relative} is not a regular file", hint=REBUILD)
-            if path.stat().st_nlink > 1:
-                raise TamperedBundle(f"{relative} has a second hard link, so it can change from outside", hint=REBUILD)
-            if relative != MANIFEST:
+            _check_status(relative, path.lstat(), name in folders)
+            if relative != MANIFEST and name not in folders:
+                _check_path(relative)
                 yield relative
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+def _check_status(relative: str, status: os.stat_result, is_folder: bool) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        _refuse(f"{relative} is a symbolic link")
+    if is_folder:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        _refuse(f"{relative} is not a regular file")
+    if status.st_nlink > 1:
+        _refuse(f"{relative} has a second hard link, so it can change from outside")
+
+
+def _open_plainly(path: str, flags: int) -> int:
+    """Open without following a link or waiting for a FIFO that took the file's place since the walk."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def _describe(folder: Path, name: str) -> dict[str, Any]:
+    """Size and SHA-256, both of the one file that was opened."""
+    try:
+        with open(folder / name, "rb", opener=_open_plainly) as file:
+            status = os.fstat(file.fileno())
+            _check_status(name, status, is_folder=False)
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": status.st_size}
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot read {name}: {error.strerror}") from error
+
+
+def _describe_all(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    wanted = list(names)
+    pool = ThreadPoolExecutor(HASH_THREADS)
+    try:
+        return dict(zip(wanted, pool.map(lambda name: _describe(folder, name), wanted), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _verify(folder: Path, files: dict[str, Any]) -> None:
+    """Names and sizes first, since they cost nothing; then the bytes."""
     present = set(_walk(folder))
     for name in sorted(set(files) - present):
         raise IncompleteBundle(f"{folder}: {name} is missing", hint=REBUILD)
@@ -169,9 +287,42 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
             f"{folder}: {name} is not in the manifest", hint="remove it if you put it there; " + REBUILD
         )
     for name, entry in files.items():
-        if (folder / name).stat().st_size != entry["size"]:
-            raise TamperedBundle(f"{folder}: {name} has not the size the manifest states", hint=REBUILD)
-    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
-        for name, found in zip(files, pool.map(lambda entry: _describe(folder / entry), files), strict=True):
-            if found["sha256"] != files[name]["sha256"]:
-                raise TamperedBundle(f"{folder}: {name} was changed (its SHA-256 differs)", hint=REBUILD)
+        size = (folder / name).lstat().st_size
+        if size != entry["size"]:
+            _refuse(f"{folder}: {name} has {size} bytes, the manifest states {entry['size']}")
+    for name, found in _describe_all(folder, files).items():
+        if found != files[name]:
+            _refuse(f"{folder}: {name} was changed (its SHA-256 differs)")
+
+
+# ── Golden values ───────────────────────────────────────────────────────────
+
+
+def _golden(tokens: bytes, path: Path) -> tuple[list[list[int]], dict[str, npt.NDArray[Any]]]:
+    try:
+        rows = json.loads(tokens)["rows"]
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > GOLDEN_LIMIT:
+            raise ValueError(f"{unpacked} bytes unpacked, at most {GOLDEN_LIMIT} are allowed")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        _check_golden(rows, arrays)
+    except FileNotFoundError as error:
+        raise IncompleteBundle("golden/logprobs.npz is missing", hint=REBUILD) from error
+    except (ValueError, KeyError, TypeError, OSError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as bad:
+        raise BundleError(f"golden/ cannot be read: {bad}", hint=REBUILD) from bad
+    return rows, arrays
+
+
+def _check_golden(rows: Any, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Raise `ValueError` or `KeyError` unless rows and arrays have the shapes that docs/format.md states."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
+        raise ValueError("tokens.json must hold rows of token ids")
+    if not all(type(token) is int and token >= 0 for row in rows for token in row):
+        raise ValueError("tokens.json must hold token ids, integers from 0")
+    ids, logprobs = arrays["ids"], arrays["logprobs"]
+    if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != sum(map(len, rows)):
+        raise ValueError(f"ids {ids.shape} and logprobs {logprobs.shape} do not fit {sum(map(len, rows))} tokens")
+    if ids.dtype != np.int32 or logprobs.dtype != np.float32:
+        raise ValueError(f"ids are {ids.dtype} and logprobs {logprobs.dtype}, expected int32 and float32")
