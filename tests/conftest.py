@@ -2,8 +2,15 @@
 
 import os
 
-os.environ.update(NNCF_CI="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(
+    NNCF_CI="1",  # read by nncf at import
+    CI="true",  # the only switch that keeps `import openvino` from reporting home; child processes inherit it
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
+import ipaddress
 import socket
 from pathlib import Path
 
@@ -13,17 +20,54 @@ from lightship.checkpoint import Checkpoint
 from tests.tiny import tiny_llama
 
 
+def is_local(address) -> bool:
+    """Whether a socket address stays on this machine: a Unix path, localhost, or a loopback number; no other name."""
+    if not isinstance(address, tuple):
+        return True
+    host = str(address[0]).partition("%")[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_number(host) -> bool:
+    try:
+        ipaddress.ip_address(host.decode() if isinstance(host, bytes) else host)
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.fixture(autouse=True)
-def only_loopback(monkeypatch):
-    """Every connection but those to this machine fails the test at once."""
-    connect = socket.socket.connect
+def no_network(monkeypatch):
+    """A connection, a datagram or a name look-up that would leave this machine fails the test at once.
 
-    def guarded(self, address):
-        if self.family != socket.AF_UNIX and not str(address[0]).startswith(("127.", "::1", "localhost")):
-            raise AssertionError(f"a test tried to reach {address}")
-        return connect(self, address)
+    It sees Python's sockets; for compiled libraries and child processes see
+    `test_no_socket_leaves_the_machine_while_shipping`.
+    """
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    def guard(method):
+        real = getattr(socket.socket, method)
+
+        def guarded(self, *arguments):
+            address = arguments[-1]  # sendto may carry flags before it
+            if not is_local(address):
+                raise AssertionError(f"a test tried to reach {address}")
+            return real(self, *arguments)
+
+        monkeypatch.setattr(socket.socket, method, guarded)
+
+    for method in ("connect", "connect_ex", "sendto"):
+        guard(method)
+    look_up = socket.getaddrinfo
+
+    def guarded_look_up(host, *arguments, **options):
+        if host not in (None, "", b"", "localhost", b"localhost") and not is_number(host):
+            raise AssertionError(f"a test tried to look up {host!r}")
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
 
 
 @pytest.fixture(scope="session")
