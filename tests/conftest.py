@@ -3,8 +3,7 @@
 import os
 
 os.environ.update(
-    NNCF_CI="1",  # read by nncf at import
-    CI="true",  # the only switch that keeps `import openvino` from reporting home; child processes inherit it
+    CI="true",  # keeps `import openvino` from reporting home where a test imports it before lightship does
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",

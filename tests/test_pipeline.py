@@ -9,7 +9,8 @@ import pytest
 
 from lightship.bundle import Bundle
 from lightship.errors import LimitExceeded, UsageError
-from lightship.pipeline import bucketed, check, ship
+from lightship.evaluation.replay import bucketed
+from lightship.pipeline import check, ship
 from lightship.recipe import Precision, Recipe, parse_accepts
 
 

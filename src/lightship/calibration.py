@@ -84,14 +84,6 @@ class Text:
         """SHA-256 over the documents' digests."""
         return hashlib.sha256("".join(doc.digest for doc in self.documents).encode()).hexdigest()
 
-    def chunks(self, encode: Encode, length: int, count: int) -> list[tuple[list[int], list[bool]]]:
-        """Up to `count` runs of exactly `length` tokens with their score marks, documents joined, none overlapping."""
-        ids, marks, _ = self._tokens(encode, length * count)
-        whole = min(count, len(ids) // length)
-        if not whole:
-            raise self._too_short(len(ids), length)
-        return [(ids[i * length : (i + 1) * length], marks[i * length : (i + 1) * length]) for i in range(whole)]
-
     def encode(self, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
         """Up to `count` sequences of exactly `length` tokens, second half scored as llama.cpp's perplexity tool does.
 

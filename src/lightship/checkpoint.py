@@ -169,10 +169,14 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.weight_files)
 
     def digest(self) -> str:
-        """SHA-256 over names and contents of the files that make the model, sorted by name."""
+        """SHA-256 over names and contents of the files that make the model, sorted by name.
+
+        `lineage.json` is left out: it tells when and from what the model was made, not what it is.
+        """
         total = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model"):
+            makes = path.suffix in (".json", ".safetensors", ".jinja", ".model") and path.name != "lineage.json"
+            if makes and path.is_file():
                 with path.open("rb") as file:
                     total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return total.hexdigest()

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,13 +21,15 @@ from typing import Any
 import numpy as np
 
 from lightship.bundle import Bundle, pack
-from lightship.calibration import Text, default_text, read_text, render_with
+from lightship.calibration import Encode, Passages, Text, calibration_set, default_text, read_text, render_with
 from lightship.checkpoint import Checkpoint
-from lightship.engine import Engine, EngineSettings, GenerationParams, Scorer
+from lightship.engine import Engine, EngineSettings, GenerationParams
 from lightship.errors import LightshipError, LimitExceeded, SourceError, UsageError
-from lightship.evaluation import divergence, golden, memory, parity, perplexity
-from lightship.evaluation.divergence import Batch, Reference
+from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
+from lightship.evaluation.divergence import Reference
+from lightship.evaluation.text import scoring_set
 from lightship.find import find
+from lightship.machine import machine, versions
 from lightship.recipe import KLD_LIMITS, Recipe
 from lightship.report import Metric, Report
 from lightship.sources import read
@@ -40,9 +39,11 @@ Progress = Callable[[str], None]
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
 EVALUATION_CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
 EVALUATION_CHUNKS = {"quick": 6, "full": 48}
-SPEED_REPEATS = {"quick": 5, "full": 15}
-GOLDEN_TOP = 20
-STAGES = ("read", "original", "export", "gate export", "quantise", "gate", "served path", "evaluate", "pack")
+SPEED_REPEATS = {"quick": {"repeats": 5, "new_tokens": 32}, "full": {"repeats": 15, "new_tokens": 64}}
+# Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
+STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
+          "evaluate": 33, "pack": 1}  # fmt: skip
+CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
 
 
 def silent(message: str) -> None:
@@ -56,12 +57,13 @@ class Run:
     recipe: Recipe
     folder: Path
     progress: Progress
+    stages: Sequence[str] = tuple(STAGES)
     metrics: list[Metric] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
 
     def stage(self, name: str) -> None:
         """Announce that stage `name` begins."""
-        self.progress(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
+        self.progress(f"[{self.stages.index(name) + 1}/{len(self.stages)}] {name}")
 
     def say(self, line: str) -> None:
         """Report a line of detail."""
@@ -113,37 +115,41 @@ def _replace(finished: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """Token sequences: `gate` one long run, `score` held-out chunks with marks, `calibrate` for data-aware steps."""
+    """Token sequences: `gate` one long run, `score` held-out passages, `calibrate` for data-aware steps."""
 
     gate: tuple[int, ...]
-    score: list[tuple[list[int], list[bool]]]
+    score: Passages
     calibrate: tuple[tuple[int, ...], ...]
     describe: dict[str, Any]
 
 
 def _build(run: Run) -> Path:
-    runtime, checkpoint, texts, gate, scoring = _gated(run)
-    _evaluate(run, find("targets", run.recipe.target), checkpoint, runtime, scoring, texts)
+    runtime, checkpoint, texts, gate = _gated(run)
+    _evaluate(run, find("targets", run.recipe.target), checkpoint, runtime, texts)
     return _content(run, runtime, checkpoint, gate, texts)
 
 
-def _gated(run: Run) -> tuple[Path, Checkpoint, Texts, Reference, Reference]:
+def _gated(run: Run) -> tuple[Path, Checkpoint, Texts, Reference]:
     """From the source to a runtime folder that passed every gate."""
-    recipe = run.recipe
-    target = find("targets", recipe.target)
-    run.stage("read")
-    checkpoint = read(recipe.source, run.folder / "source", revision=recipe.revision, log=run.say)
-    run.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
-    texts = _texts(run, checkpoint)
-    gate, scoring = _original(run, checkpoint, texts)
+    target = find("targets", run.recipe.target)
+    checkpoint, texts = _read(run)
+    gate = _original(run, checkpoint, texts)
     exported = _export(run, target, checkpoint, gate)
     runtime = _quantise(run, target, exported, texts)
     _gate_candidate(run, target, runtime, gate)
-    return runtime, checkpoint, texts, gate, scoring
+    return runtime, checkpoint, texts, gate
 
 
-def tokeniser(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
-    """Plain text → token ids without special tokens, from the checkpoint's `tokenizer.json`."""
+def _read(run: Run) -> tuple[Checkpoint, Texts]:
+    """The checkpoint, and the tokens to gate, score and calibrate with."""
+    run.stage("read")
+    checkpoint = read(run.recipe.source, run.folder / "source", revision=run.recipe.revision, log=run.say)
+    run.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
+    return checkpoint, _texts(run, checkpoint)
+
+
+def tokeniser(checkpoint: Checkpoint) -> tuple[Encode, int | None]:
+    """Text → token ids without special tokens, from `tokenizer.json`; and the id it begins a text with, if any."""
     from tokenizers import Tokenizer
 
     path = checkpoint.folder / "tokenizer.json"
@@ -155,28 +161,29 @@ def tokeniser(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    return encode
+    whole, plain = tokenizer.encode("a").ids, encode("a")
+    return encode, whole[0] if whole[:1] != plain[:1] else None
 
 
 def _texts(run: Run, checkpoint: Checkpoint) -> Texts:
     """Cut gate, scoring and calibration tokens; calibration documents are never scored."""
-    encode = tokeniser(checkpoint)
+    encode, start = tokeniser(checkpoint)
     if run.recipe.golden is not None:
         golden.read_cases(Path(run.recipe.golden))  # a mistake in it is better known now than after the work
-    template = load_template(checkpoint.folder)
-    calibration, scoring = calibration_text(run.recipe.text, template).split()
-    length = min(EVALUATION_CHUNK, checkpoint.context_length)
-    rows = scoring.chunks(encode, length, EVALUATION_CHUNKS[run.recipe.evaluate])
-    gate, _ = default_text().split()[1].chunks(encode, min(parity.LONG, checkpoint.context_length), 1)[0]
-    calibrating = calibration.chunks(encode, min(512, length), 32) if run.recipe.precision.name == "int4" else []
+    text = calibration_text(run.recipe.text, load_template(checkpoint.folder))
+    context = checkpoint.context_length
+    length = min(EVALUATION_CHUNK, context)
+    score = scoring_set(text, encode, length, EVALUATION_CHUNKS[run.recipe.evaluate], start=start)
+    gate = scoring_set(default_text(), encode, min(parity.LONG, context), 1, start=start).sequences[0]
+    calibrate = calibration_set(text, encode, length, 32, start=start) if run.recipe.precision.name == "int4" else None
     describe = {
-        "name": scoring.name,
-        "default_only": scoring.default,
-        "scoring_sha256": scoring.digest,
-        "calibration_sha256": calibration.digest if calibrating else None,
-        "tokens": length * len(rows),
+        "name": score.name,
+        "default_only": text.default,
+        "scoring_sha256": score.digest,
+        "calibration_sha256": calibrate.digest if calibrate else None,
+        "tokens": length * len(score.sequences),
     }
-    return Texts(tuple(gate), rows, tuple(tuple(ids) for ids, _ in calibrating), describe)
+    return Texts(gate, score, calibrate.sequences if calibrate else (), describe)
 
 
 def calibration_text(path: str | None, template: ChatTemplate | None) -> Text:
@@ -192,29 +199,12 @@ def calibration_text(path: str | None, template: ChatTemplate | None) -> Text:
     return read_text(Path(path), render)
 
 
-def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> tuple[Reference, Reference]:
-    """Record the original's log-probabilities on the gate's rows and on the held-out text, then free it."""
+def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Reference:
+    """Record the original's log-probabilities on the gate's rows, then free it."""
     run.stage("original")
     original = find("targets", "pytorch").open_scorer(checkpoint.folder)
     batches = parity.gate_batches(texts.gate, checkpoint.context_length, original.greedy)
-    gate = divergence.record(original, batches, run.folder / "reference-gate")
-    scoring = divergence.record(original, _scoring_batches(texts), run.folder / "reference-text")
-    del original
-    gc.collect()
-    return gate, scoring
-
-
-def _scoring_batches(texts: Texts) -> list[Batch]:
-    """One row a chunk; position i is scored when token i + 1 lies in the second half and is marked to count."""
-    batches = []
-    for ids, marks in texts.score:
-        batch = Batch.of("text", [ids])
-        counts = np.array([*marks[1:], False])
-        counts[: len(ids) // 2 - 1] = False
-        batches.append(replace(batch, scored=counts[None]))
-    if not any(batch.scored.any() for batch in batches):
-        raise UsageError("the text has no token to score", hint="a chat needs assistant messages in it")
-    return [batch for batch in batches if batch.scored.any()]
+    return divergence.record(original, batches, run.folder / "reference-gate")
 
 
 def _export(run: Run, target: ModuleType, checkpoint: Checkpoint, gate: Reference) -> Path:
@@ -250,7 +240,7 @@ def _quantise(run: Run, target: ModuleType, exported: Path, texts: Texts) -> Pat
         shutil.rmtree(exported)
     else:
         run.say(f"{precision.name}: nothing to do")
-    target.finish(folder, precision.name)
+    target.finish(folder, precision)
     return folder
 
 
@@ -274,23 +264,28 @@ def _gate_candidate(run: Run, target: ModuleType, runtime: Path, gate: Reference
     run.metrics.append(metric)
 
 
-def _evaluate(
-    run: Run, target: ModuleType, checkpoint: Checkpoint, runtime: Path, scoring: Reference, texts: Texts
-) -> None:
+def _evaluate(run: Run, target: ModuleType, checkpoint: Checkpoint, runtime: Path, texts: Texts) -> None:
     """Quality on held-out text; then speed and memory of original and candidate, a fresh process each."""
     run.stage("evaluate")
-    found = divergence.compare(scoring, target.open_scorer(runtime))
-    run.metrics += perplexity.quality(found, _scored_bytes(checkpoint, scoring))
-    gc.collect()
+    run.metrics += _quality(run, target, checkpoint, runtime, texts.score)
     repeats = SPEED_REPEATS[run.recipe.evaluate]
-    original = memory.probe("pytorch", checkpoint.folder, repeats=repeats)
-    candidate = memory.probe(run.recipe.target, runtime, repeats=repeats)
+    original = memory.probe("pytorch", checkpoint.folder, **repeats)
+    candidate = memory.probe(run.recipe.target, runtime, **repeats)
     run.metrics += memory.paired(original, candidate)
-    size = Metric("size", float(memory.artefact_bytes(runtime)), "bytes", 1, None, "lower",
-                  float(memory.artefact_bytes(checkpoint.folder)), "all files of the runtime folder")  # fmt: skip
-    run.metrics.append(size)
+    run.metrics.append(memory.size_metric(runtime, memory.artefact_bytes(checkpoint.folder)))
     if run.recipe.golden is not None:
         run.metrics += _golden_cases(run, Path(run.recipe.golden), checkpoint, target, runtime)
+
+
+def _quality(run: Run, target: ModuleType, checkpoint: Checkpoint, runtime: Path, score: Passages) -> list[Metric]:
+    """Both models on the held-out passages, one after the other: they are never in memory together."""
+    original = find("targets", "pytorch").open_scorer(checkpoint.folder)
+    scoring = divergence.record(original, divergence.passage_batches(score), run.folder / "reference-text")
+    del original
+    gc.collect()
+    found = divergence.compare(scoring, target.open_scorer(runtime))
+    gc.collect()
+    return perplexity.quality(found, score.bytes_per_token * score.scored)
 
 
 def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, target: ModuleType, runtime: Path) -> list[Metric]:
@@ -332,18 +327,6 @@ def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
     return generate
 
 
-def _scored_bytes(checkpoint: Checkpoint, scoring: Reference) -> int:
-    """UTF-8 bytes of the tokens that are predicted and scored."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    total = 0
-    for batch in scoring.batches:
-        predicted = batch.ids[0, 1:][batch.scored[0, :-1]]
-        total += len(tokenizer.decode(predicted.tolist(), skip_special_tokens=False).encode())
-    return total
-
-
 # ── Packing ─────────────────────────────────────────────────────────────────
 
 
@@ -353,7 +336,7 @@ def _content(run: Run, runtime: Path, checkpoint: Checkpoint, gate: Reference, t
     content = run.folder / "content"
     (content / "targets").mkdir(parents=True)
     shutil.move(runtime, content / "targets" / run.recipe.target)
-    golden_rows(gate, content / "golden")
+    replay.write(gate, content / "golden")
     report = Report(tuple(run.metrics), _meta(run, checkpoint, texts))
     (content / "report.json").write_text(report.to_json(), encoding="utf-8")
     (content / "report.md").write_text(report.to_markdown(), encoding="utf-8")
@@ -375,58 +358,6 @@ def published(recipe: Recipe) -> Recipe:
     paths = {name: value and Path(value).name for name, value in (("text", recipe.text), ("golden", recipe.golden))}
     local = Path(recipe.source).expanduser().exists()
     return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
-
-
-def golden_rows(gate: Reference, folder: Path) -> None:
-    """Write token rows and the original's `GOLDEN_TOP` likeliest log-probabilities at each position.
-
-    `tokens.json`: {"rows": [[id, …], …]}; `logprobs.npz`: `ids` and `logprobs`, (positions, k), rows in order.
-    """
-    folder.mkdir(parents=True)
-    rows: list[list[int]] = []
-    ids, logprobs = [], []
-    for index, batch in enumerate(gate.batches):
-        if batch.name != "long":
-            continue
-        rows.append(batch.ids[0].tolist())
-        for block in range(-(-batch.ids.shape[1] // divergence.BLOCK)):
-            values = gate.rows(index, block)
-            top = np.argsort(values, axis=-1)[:, : -GOLDEN_TOP - 1 : -1]
-            ids.append(top.astype(np.int32))
-            logprobs.append(np.take_along_axis(values, top, 1))
-    (folder / "tokens.json").write_text(json.dumps({"rows": rows}) + "\n")
-    np.savez(folder / "logprobs.npz", ids=np.concatenate(ids), logprobs=np.concatenate(logprobs))
-
-
-def versions() -> dict[str, str]:
-    """The libraries that shape the result."""
-    wanted = ("lightship", "openvino", "openvino-genai", "nncf", "torch", "transformers", "tokenizers", "numpy")
-    return {name: metadata.version(name) for name in wanted if _installed(name)}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def machine() -> dict[str, Any]:
-    """Processor, usable cores, memory and system."""
-    name, flags = platform.processor(), ""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        key, _, value = line.partition(":")
-        name = value.strip() if key.strip() == "model name" else name
-        flags = value if key.strip() == "flags" else flags
-    features = [
-        flag
-        for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-        if flag in flags.split()
-    ]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "features": features, "system": platform.platform(terse=True)}
 
 
 def _verdict(run: Run, texts: Texts) -> str:
@@ -476,15 +407,14 @@ def _manifest(run: Run, name: str) -> dict[str, Any]:
 def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Report:
     """Verify the bundle at `folder` and measure it again on this machine, without PyTorch.
 
-    The divergence is taken over the original's likeliest tokens plus one bucket for all others, which bounds the
-    full KLD from below. Raises `LimitExceeded` when it is above the limit the bundle was shipped with.
+    Raises `LimitExceeded` when the divergence (a lower bound, see `replay`) is above the limit it was shipped with.
     """
     progress("[1/3] verify")
     bundle = Bundle.open(folder)
     target = bundle.targets[0]
     runtime = bundle.target_folder(target)
     progress("[2/3] divergence")
-    kld = _golden_divergence(bundle, find("targets", target).open_scorer(runtime))
+    kld = replay.replay(*bundle.golden(), find("targets", target).open_scorer(runtime))
     progress("[3/3] speed and memory")
     shipped = {metric.name: metric for metric in bundle.report.metrics}
     measured = [kld, *memory.probe(target, runtime, repeats=repeats)]
@@ -498,33 +428,6 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
     return Report(tuple(metrics), meta)
 
 
-def _golden_divergence(bundle: Bundle, scorer: Scorer) -> Metric:
-    rows, arrays = bundle.golden()
-    values: list[np.ndarray[Any, np.dtype[np.float64]]] = []
-    start = 0
-    for row in rows:
-        ids = np.array([row], np.int64)
-        q = divergence.log_softmax(scorer.logits(ids, np.ones_like(ids))[0])
-        stop = start + len(row)
-        p_top = arrays["logprobs"][start:stop].astype(np.float64)
-        q_top = np.take_along_axis(q, arrays["ids"][start:stop].astype(np.int64), 1).astype(np.float64)
-        values.append(bucketed(p_top, q_top))
-        start = stop
-    kld = np.concatenate(values)
-    if not np.isfinite(kld).all():
-        raise LimitExceeded("the bundle computes NaN or infinity on this machine")
-    stderr = float(kld.std() / np.sqrt(len(kld)))
-    return Metric("gate_kld", float(kld.mean()), "nats/token", len(kld), stderr, "lower", 0.0,
-                  f"KL over the original's {GOLDEN_TOP} likeliest tokens and one bucket for the rest")  # fmt: skip
-
-
-def bucketed(p_top: Any, q_top: Any) -> Any:
-    """KL(p ‖ q) per row from the log-probabilities (rows, k) of p's top tokens; all others are one bucket."""
-    p_rest = np.maximum(1 - np.exp(p_top).sum(-1), 1e-9)
-    q_rest = np.maximum(1 - np.exp(q_top).sum(-1), 1e-9)
-    return (np.exp(p_top) * (p_top - q_top)).sum(-1) + p_rest * np.log(p_rest / q_rest)
-
-
 # ── Parts of the walk ───────────────────────────────────────────────────────
 
 
@@ -534,7 +437,7 @@ def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progres
         raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(out) as work:
-        run = Run(recipe, work, progress)
+        run = Run(recipe, work, progress, CONVERT)
         runtime, *_ = _gated(run)
         _replace(runtime, out)
     return out
@@ -548,11 +451,8 @@ def evaluate(bundle: Path, source: str, text: str | None = None, level: str = "q
         {**opened.manifest["recipe"], "source": source, "text": text, "golden": None, "evaluate": level}
     )
     with tempfile.TemporaryDirectory(prefix="lightship-") as work:
-        run = Run(recipe, Path(work), progress)
-        run.stage("read")
-        checkpoint = read(source, run.folder / "source", revision=recipe.revision, log=run.say)
-        texts = _texts(run, checkpoint)
-        _, scoring = _original(run, checkpoint, texts)
+        run = Run(recipe, Path(work), progress, ("read", "evaluate"))
+        checkpoint, texts = _read(run)
         target = find("targets", opened.targets[0])
-        _evaluate(run, target, checkpoint, opened.target_folder(opened.targets[0]), scoring, texts)
+        _evaluate(run, target, checkpoint, opened.target_folder(opened.targets[0]), texts)
         return Report(tuple(run.metrics), _meta(run, checkpoint, texts))

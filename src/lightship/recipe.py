@@ -19,9 +19,10 @@ class _Data(BaseModel):
 
 
 class Precision(_Data):
-    """The precision of the weights. Every option but `name` concerns int4 only."""
+    """The precision of the weights. Every option after `arithmetic` concerns int4 only."""
 
     name: PrecisionName = "int8"
+    arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: the processor's fastest")
     group_size: int = Field(64, ge=16, le=1024, description="weights along the input that share one scale")
     ratio: float = Field(1.0, ge=0.0, le=1.0, description="share of the body in int4; the rest is int8")
     all_layers: bool = Field(False, description="embedding and head in int4 too (else int8)")

@@ -10,6 +10,7 @@ from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError, LimitExceeded
 from lightship.evaluation import divergence, parity
+from lightship.evaluation.text import scoring_set
 from lightship.pipeline import tokeniser
 from lightship.recipe import KLD_LIMITS
 from lightship.targets import openvino, pytorch
@@ -18,7 +19,7 @@ from lightship.targets import openvino, pytorch
 @pytest.fixture(scope="module")
 def gate(llama, tmp_path_factory):
     original = pytorch.open_scorer(llama.folder)
-    tokens, _ = default_text().chunks(tokeniser(llama), 1024, 1)[0]
+    tokens = scoring_set(default_text(), tokeniser(llama)[0], 1024, 1).sequences[0]
     batches = parity.gate_batches(tokens, llama.context_length, original.greedy)
     return divergence.record(original, batches, tmp_path_factory.mktemp("reference"))
 

@@ -74,22 +74,24 @@ def test_nonsense_raises() -> None:
         perplexity(fine, [np.array([-2000.0, -2000.0])], 8)
 
 
-def comparison(candidate: list[float], kld: list[float]) -> Comparison:
+def comparison(candidate: list[float], kld: list[float], passages: str = "00") -> Comparison:
     n = len(kld)
     return Comparison(np.array(kld, np.float32), np.array([True] * (n - 1) + [False]), np.ones(n, np.float32),
-                      np.zeros(n, np.float32), np.array([-1.0] * (n - 1) + [np.nan], np.float32),
-                      np.array(candidate, np.float32), np.array(["text"] * n))  # fmt: skip
+                      np.zeros(n, np.float32), np.full(n, -1.0, np.float32), np.array(candidate, np.float32),
+                      np.array([passages[i % len(passages)] for i in range(n)]))  # fmt: skip
 
 
-def test_quality_leaves_out_only_positions_without_a_next_token() -> None:
-    metrics = {m.name: m for m in quality(comparison([-2.0, -2.0, -2.0, np.nan], [0.1, 0.1, 0.1, 0.5]), text_bytes=6)}
-    assert metrics["perplexity"].n == 3 and metrics["perplexity"].value == pytest.approx(math.exp(2))
-    assert metrics["kld"].n == 4 and metrics["kld"].value == pytest.approx(0.2)
+def test_quality_of_passages() -> None:
+    """Two passages of two tokens whose values agree within each: as many draws as passages, not as tokens."""
+    found = comparison([-2.0, -2.0, -3.0, -3.0], [0.1, 0.1, 0.3, 0.3], "0011")
+    metrics = {m.name: m for m in quality(found, text_bytes=6)}
+    assert metrics["perplexity"].n == 4 and metrics["perplexity"].value == pytest.approx(math.exp(2.5))
+    assert metrics["kld"].value == pytest.approx(0.2) and metrics["kld"].stderr == pytest.approx(0.1)
     assert metrics["top1"].value == 0.75
 
 
 def test_quality_of_a_broken_candidate_raises() -> None:
     with pytest.raises(LightshipError, match="loss is not finite"):
-        quality(comparison([-2.0, -np.inf, -2.0, np.nan], [0.1, 0.1, 0.1, 0.5]), text_bytes=6)
+        quality(comparison([-2.0, -np.inf, -2.0, -2.0], [0.1, 0.1, 0.1, 0.5]), text_bytes=6)
     with pytest.raises(LightshipError, match="divergence is not finite"):
-        quality(comparison([-2.0, -2.0, -2.0, np.nan], [0.1, np.inf, 0.1, 0.5]), text_bytes=6)
+        quality(comparison([-2.0, -2.0, -2.0, -2.0], [0.1, np.inf, 0.1, 0.5]), text_bytes=6)

@@ -1,54 +1,91 @@
-"""Progress for people: stages with elapsed time on a terminal, plain lines elsewhere. Always on standard error."""
+"""Progress for people: stage, elapsed time and ETA on a terminal, plain lines elsewhere. Always on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Listener = Callable[[str], None]
+
 
 @contextlib.contextmanager
-def stages(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A listener for a pipeline's progress lines; a line that begins with `[` opens a stage."""
-    if quiet:
-        yield lambda line: None
-        return
-    if not sys.stderr.isatty():
-        began = time.monotonic()
+def stages(shares: Mapping[str, float] | None = None) -> Iterator[Listener]:
+    """A listener for a pipeline's progress lines; a line such as `[2/9] export` opens a stage.
 
-        def plain(line: str) -> None:
-            click.echo(f"{time.monotonic() - began:6.1f}s  {line}", err=True)
-
-        yield plain
-        return
-    with _live() as listener:
+    `shares`: what each stage usually takes of the whole, in any unit; equal where it is not known.
+    """
+    with _live(shares or {}) if sys.stderr.isatty() else _plain() as listener:
         yield listener
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def _plain() -> Iterator[Listener]:
+    began = time.monotonic()
+    yield lambda line: click.echo(f"{time.monotonic() - began:6.1f}s  {line}", err=True)
 
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
+
+@contextlib.contextmanager
+def _live(shares: Mapping[str, float]) -> Iterator[Listener]:
+    from rich.console import Console
+    from rich.live import Live
+
+    bar = Bar(shares)
+    console = Console(stderr=True, highlight=False)
+    with Live(console=console, get_renderable=bar.render, refresh_per_second=4, transient=True):
 
         def listen(line: str) -> None:
             if line.startswith("["):
-                done, total = (int(part) for part in line[1 : line.index("]")].split("/"))
-                progress.update(task, description=line, completed=done - 1, total=total)
-            console.print(line, highlight=False, markup=False)
+                bar.open(line)
+            console.print(line, markup=False)
 
         yield listen
+
+
+class Bar:
+    """One line: stage, share done, elapsed, ETA. The ETA is the elapsed time scaled by the shares still to come."""
+
+    def __init__(self, shares: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._shares, self._clock = shares, clock
+        self._began = clock()
+        self._line = "starting"
+        self._done = 0.0  # share before the stage that runs
+        self._whole: float | None = None  # seconds the run will take, by what has passed
+
+    def open(self, line: str) -> None:
+        """A stage begins: `[number/of] name`."""
+        number, of = (int(part) for part in line[1 : line.index("]")].split("/"))
+        self._line = line
+        self._done = self._share(line[line.index("]") + 2 :], number, of)
+        elapsed = self._clock() - self._began
+        self._whole = elapsed / self._done if self._done > 0 else None
+
+    def _share(self, name: str, number: int, of: int) -> float:
+        names: Sequence[str] = tuple(self._shares)
+        if name in names and of == len(names):
+            return sum(self._shares[each] for each in names[: names.index(name)]) / sum(self._shares.values())
+        return (number - 1) / of
+
+    def text(self) -> str:
+        """`[3/9] export   16 %   0:45, about 3:20 left`."""
+        elapsed = self._clock() - self._began
+        left = "" if self._whole is None else f", about {_clock(max(self._whole - elapsed, 0))} left"
+        return f"{self._line}   {self._done:.0%}   {_clock(elapsed)}{left}"
+
+    def render(self) -> Text:
+        """The line for rich."""
+        from rich.text import Text
+
+        return Text(self.text(), style="bold")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"

@@ -20,6 +20,8 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("source"),
         click.option("--out", "-o", type=click.Path(), help="Where the bundle goes (default: ./NAME-PRECISION)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
+        click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
+                     help="What it computes in; auto is the processor's fastest."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
         click.option("--ratio", type=float, default=1.0, show_default=True, help="int4: share of the body; rest int8."),
         click.option("--awq/--no-awq", default=True, show_default=True, help="int4: activation-aware scaling."),
@@ -33,7 +35,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--revision", help="Revision of a hub model."),
         click.option("--force", is_flag=True, help="Replace an existing bundle."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ]
+    ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
@@ -41,7 +43,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def recipe_of(source: str, **given: Any) -> Recipe:
     """The recipe that the options above describe."""
-    names = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
+    names = ("arithmetic", "group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
     try:
         return Recipe(
             source=source,

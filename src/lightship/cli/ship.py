@@ -22,11 +22,11 @@ def default_out(source: str, precision: str) -> Path:
 @build_options
 def command(source: str, out: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Ship SOURCE (a folder, a .gguf file, a hub id, or `demo`) as a measured bundle."""
-    from lightship.pipeline import ship
+    from lightship.pipeline import STAGES, ship
 
     recipe = recipe_of(source, **given)
     folder = Path(out) if out else default_out(source, recipe.precision.name)
-    with stages() as progress:
+    with stages(STAGES) as progress:
         bundle = ship(recipe, folder, force=force, progress=progress)
     if as_json:
         click.echo(json.dumps({"bundle": str(folder), "digest": bundle.digest, "report": bundle.report.to_dict()}))

@@ -8,13 +8,14 @@ the whole vocabulary, as llama.cpp's perplexity tool reports it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lightship.calibration import Passages
 from lightship.errors import LightshipError
 
 Floats = npt.NDArray[np.float32]
@@ -57,6 +58,15 @@ class Batch:
         labels = np.full_like(self.ids, -1)
         labels[:, :-1] = self.ids[:, 1:]
         return labels
+
+
+def passage_batches(passages: Passages) -> list[Batch]:
+    """One row a passage, named by its number; position i is scored when token i + 1 is marked to count."""
+    return [
+        replace(Batch.of(str(number), [ids]), scored=np.array([[*marks[1:], False]]))
+        for number, (ids, marks) in enumerate(zip(passages.sequences, passages.masks, strict=True))
+        if any(marks[1:])
+    ]
 
 
 @dataclass(frozen=True)

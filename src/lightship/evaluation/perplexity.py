@@ -19,21 +19,22 @@ Values = npt.NDArray[np.floating]
 
 
 def quality(found: Comparison, text_bytes: float) -> list[Metric]:
-    """The quality metrics of a comparison; `text_bytes` is the UTF-8 length of the scored tokens."""
+    """The quality metrics of a comparison whose batches are passages; `text_bytes` is the UTF-8 length of the scored
+    tokens. Standard errors treat each passage as one draw."""
     if not np.isfinite(found.kld).all():
         raise LightshipError("the candidate's divergence is not finite on the held-out text",
                              hint="it computes NaN or infinity somewhere")  # fmt: skip
-    labelled = ~np.isnan(found.original)
-    original, candidate = found.original[labelled].astype(np.float64), found.candidate[labelled].astype(np.float64)
+    passages = [found.only(name) for name in dict.fromkeys(found.batch.tolist())]
     n = len(found.kld)
-    share = float(found.top1.mean())
+    drawn = "s.e. over passages" if len(passages) > 1 else "s.e. over tokens"
     return [
-        Metric("kld", float(found.kld.mean()), "nats/token", n, _stderr(found.kld), "lower", 0.0,
-               "mean KL(original ‖ candidate) over the whole vocabulary, second half of 512-token chunks"),
+        Metric("kld", float(found.kld.mean()), "nats/token", n, mean_stderr([each.kld for each in passages]), "lower",
+               0.0, f"mean KL(original ‖ candidate) over the whole vocabulary, second half of each passage; {drawn}"),
         Metric("kld_p99", float(np.quantile(found.kld, 0.99)), "nats/token", n, None, "lower", 0.0, "99th percentile"),
-        Metric("top1", share, "share", n, math.sqrt(share * (1 - share) / n), "higher", 1.0,
-               "positions where original and candidate rank the same token first"),
-        *perplexity([original], [candidate], text_bytes),
+        Metric("top1", float(found.top1.mean()), "share", n,
+               mean_stderr([each.top1.astype(np.float64) for each in passages]), "higher", 1.0,
+               f"positions where original and candidate rank the same token first; {drawn}"),
+        *perplexity([each.original for each in passages], [each.candidate for each in passages], text_bytes),
     ]  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,10 @@ from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
+
+# openvino and nncf report to an analytics service as soon as they are imported, unless this package is missing; None is
+# how Python itself marks a module as missing. Nothing else of theirs opens a socket.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXTRA = "build"
 GRAPH = "openvino_model.xml"
@@ -75,7 +81,8 @@ def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     mask[0, :3] = 0
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), output_on_stderr():
+        with torch.no_grad(), output_on_stderr(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
             parts = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
             submodel, inputs = parts["decode"]
             exported = OpenVINOExporter().export(submodel, inputs, config=OpenVINOConfig(dynamic=True))
@@ -148,8 +155,7 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
     int8 is symmetric per output channel. int4 is symmetric in groups along the input; embedding and head take
     int8 unless `precision.all_layers`; `calibration` (token sequences) feeds the data-aware options.
     """
-    os.environ["NNCF_CI"] = "1"  # nncf reads it at import: no telemetry
-    with output_on_stderr():
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars would be drawn over ours
         import nncf
         import openvino as ov
 
@@ -181,10 +187,13 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
             shutil.copyfile(path, folder / path.name)
 
 
-def finish(folder: Path, precision: str) -> None:
+def finish(folder: Path, precision: Precision) -> None:
     """Record in `engine.json` the precisions at which this folder is served."""
-    settings = {"precision": precision, "settings": SERVED_AT[precision]}
-    (folder / "engine.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    settings = dict(SERVED_AT[precision.name])
+    if precision.arithmetic == "f32":
+        settings["inference_precision"] = "f32"
+    recorded = {"precision": precision.name, "settings": settings}
+    (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

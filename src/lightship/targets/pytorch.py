@@ -43,21 +43,19 @@ class TorchScorer:
             yield hidden[:, start : start + size].float().numpy()
 
     def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """The greedy continuation of each prompt, `new_tokens` long (end-of-text tokens do not stop it)."""
+        """The greedy continuations of prompts of one length, `new_tokens` long (end-of-text does not stop them)."""
         import torch
 
-        continuations = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)])
-            cache: Any = None
-            found: list[int] = []
-            with torch.inference_mode():
-                for _ in range(new_tokens):
-                    out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-                    cache = out.past_key_values
-                    ids = out.logits[:, -1:].argmax(-1)
-                    found.append(int(ids))
-            continuations.append(found)
+        ids = torch.tensor([list(prompt) for prompt in prompts])
+        cache: Any = None
+        found = []
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = out.past_key_values
+                ids = out.logits[:, -1:].argmax(-1)
+                found.append(ids)
+        continuations: list[list[int]] = torch.cat(found, 1).tolist()
         return continuations
 
 

@@ -1,0 +1,47 @@
+"""docs/benchmarks.md: one section a benchmark, replaced by the run that measures it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lightship.machine import machine, versions
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def put(name: str, text: str) -> None:
+    """Print `text` and put it into the page as the section of `python -m benchmarks.<name>`."""
+    print(text)
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    section = f"{begin}\n{text.strip()}\n\n{circumstances(name)}\n{end}"
+    if begin not in page:
+        raise SystemExit(f"{PAGE} has no section {begin}")
+    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: section, page, flags=re.DOTALL), encoding="utf-8")
+
+
+def circumstances(name: str) -> str:
+    """Command, day, machine and versions, as one paragraph."""
+    here = machine()
+    known = ", ".join(f"{package} {version}" for package, version in sorted(versions().items()))
+    return (
+        f"`python -m benchmarks.{name}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {here['cores']} cores "
+        f"({', '.join(here['features'])}), Python {platform.python_version()}; {known}."
+    )
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """`median (lowest – highest)`."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} – {max(values):{form}})"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first row the heading."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)

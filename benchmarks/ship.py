@@ -1,0 +1,66 @@
+"""Time and peak memory from a checkpoint to a gated int8 folder: lightship and the bare calls, a process each.
+
+Ours does more than the bare calls: it computes the original, compares three times and writes the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import models
+from benchmarks.page import put, spread, table
+from lightship.checkpoint import Checkpoint
+from lightship.evaluation.memory import MemoryUse, measure_in_child
+
+
+def timed(command: list[str]) -> MemoryUse:
+    """Run it; a failure ends the benchmark."""
+    used = measure_in_child(command)
+    if used.exit_code:
+        raise SystemExit(f"{command} failed:\n{used.stderr[-3000:]}")
+    print(f"{used.seconds:7.1f} s  {used.vm_hwm_bytes / 1e9:5.2f} GB  {command[2]}", file=sys.stderr)
+    return used
+
+
+def measure(checkpoint: Checkpoint, work: Path, repeats: int) -> list[list[str]]:
+    """Rows of the table: seconds and peak memory of both arms in turn, and the ratio pair by pair."""
+    ours, bare = [], []
+    for _ in range(repeats):
+        for folder in ("bare", "ours"):
+            shutil.rmtree(work / folder, ignore_errors=True)
+        bare.append(timed([sys.executable, "-m", "benchmarks.bare", str(checkpoint.folder), str(work / "bare")]))
+        ours.append(
+            timed([sys.executable, "-m", "lightship", "convert", str(checkpoint.folder), "-o", str(work / "ours")])
+        )
+    size = checkpoint.weight_bytes
+    ratios = [one.seconds / other.seconds for one, other in zip(ours, bare, strict=True)]
+    rows = []
+    for name, arm in (("bare calls", bare), ("lightship convert", ours)):
+        peak = max(used.vm_hwm_bytes for used in arm)
+        rows.append([name, spread([used.seconds for used in arm], ".1f"), f"{peak / 1e9:.2f} GB = {peak / size:.2f} ×"])
+    rows.append(["ratio", spread(ratios), f"checkpoint {size / 1e9:.2f} GB of {checkpoint.dtype}"])
+    return rows
+
+
+def main() -> None:
+    """Both models."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ship", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    text = []
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as name:
+        work = Path(name)
+        demo = models.demo(work / "demo")
+        large = models.random_llama(work / "llama-1b", demo.folder)
+        for title, checkpoint in (("demo model, SmolLM2-135M-Instruct", demo), ("random llama, 1.24 B", large)):
+            head = [title, f"seconds, median of {asked.repeats} (range)", "peak memory (VmHWM)"]
+            text.append(table([head, *measure(checkpoint, work, asked.repeats)]))
+    put("ship", "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
