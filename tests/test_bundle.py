@@ -11,7 +11,7 @@ import pytest
 
 from lightship import bundle as module
 from lightship.bundle import Bundle, pack, verify
-from lightship.errors import BundleError, IncompleteBundle, TamperedBundle, UnsupportedError
+from lightship.errors import BundleError, IncompleteBundle, TamperedBundle, UnsupportedError, UsageError
 from lightship.report import Report
 
 V1 = Path(__file__).parent / "bundles" / "v1"
@@ -236,7 +236,7 @@ def test_no_manifest_is_not_a_bundle(bundle):
     (bundle.folder / "manifest.json").unlink()
     with pytest.raises(IncompleteBundle, match="never finished"):
         verify(bundle.folder)
-    with pytest.raises(BundleError, match="not a folder"):
+    with pytest.raises(UsageError, match="not a folder"):
         verify(bundle.folder / "nothing")
 
 

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from lightship.bundle import Bundle
+from lightship.checkpoint import Checkpoint
+from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UsageError
 from lightship.evaluation.replay import bucketed
-from lightship.pipeline import check, ship
+from lightship.pipeline import check, convert, ship
 from lightship.recipe import Precision, Recipe, parse_accepts
+from lightship.targets.openvino import properties
 
 
 def test_ship_measures_and_seals(bundle_path, llama):
@@ -101,3 +104,28 @@ def test_bucketed_divergence_against_the_whole():
 def test_bad_limits_are_refused(text):
     with pytest.raises(UsageError, match="cannot read the limit"):
         parse_accepts((text,))
+
+
+def test_a_cut_model_ships(llama, tmp_path):
+    """Layers of different widths and head counts (structure.json) pass the same gates, the served path included."""
+    from tests.test_checkpoint import cut_by_hand
+
+    cut = Checkpoint(shutil.copytree(llama.folder, tmp_path / "cut"))
+    cut_by_hand(cut)
+    runtime = convert(Recipe(source=str(cut.folder), precision=Precision(name="fp32")), tmp_path / "ir")
+    assert (runtime / "openvino_model.bin").stat().st_size < 0.9 * llama.weight_bytes
+    assert (runtime / "structure.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "share"), [("bf16", 0.65), ("int4", 0.45)])
+def test_the_other_precisions_ship(llama, tmp_path, name, share):
+    """int4 with the data-aware options; a random model of 64 channels is no judge of its quality, hence the limit."""
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name=name, group_size=32), accept=("kld<=2",))
+    runtime = convert(recipe, tmp_path / name)
+    assert (runtime / "openvino_model.bin").stat().st_size < share * llama.weight_bytes
+
+
+def test_f32_arithmetic_is_recorded_and_used(llama, tmp_path):
+    exact = Precision(name="int8", arithmetic="f32")
+    runtime = convert(Recipe(source=str(llama.folder), precision=exact, accept=("kld<=0.5",)), tmp_path / "ir")
+    assert properties(runtime, EngineSettings())["INFERENCE_PRECISION_HINT"] == "f32"

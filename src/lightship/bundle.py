@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from lightship.errors import BundleError, IncompleteBundle, TamperedBundle, UnsupportedError
+from lightship.errors import BundleError, IncompleteBundle, TamperedBundle, UnsupportedError, UsageError
 from lightship.report import Report
 
 FORMAT, VERSION = "lightship-bundle", 1
@@ -146,7 +146,7 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 def _manifest_bytes(folder: Path) -> bytes:
     if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder", hint="give the path that `lightship ship` printed")
+        raise UsageError(f"{folder} is not a folder", hint="give the path that `lightship ship` printed")
     path = folder / MANIFEST
     if path.is_symlink():
         raise TamperedBundle(f"{path} is a symbolic link", hint=REBUILD)

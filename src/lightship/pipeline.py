@@ -7,6 +7,7 @@ appears under its name in one rename at the end, so an interrupted run leaves no
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
@@ -37,6 +38,7 @@ from lightship.template import ChatTemplate, load_template
 
 Progress = Callable[[str], None]
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
+DISK_FULL = 2**20  # bytes left; less is no room for any file of a run
 EVALUATION_CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
 EVALUATION_CHUNKS = {"quick": 6, "full": 48}
 SPEED_REPEATS = {"quick": {"repeats": 5, "new_tokens": 32}, "full": {"repeats": 15, "new_tokens": 64}}
@@ -92,8 +94,9 @@ def _work_folder(out: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield work
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    except (OSError, RuntimeError) as error:  # compiled libraries raise their own for a full disk
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or shutil.disk_usage(work).free < DISK_FULL:
             raise LightshipError(
                 f"the disk below {out.parent} is full", hint="free space or choose another --out"
             ) from error

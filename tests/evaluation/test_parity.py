@@ -133,3 +133,20 @@ def test_blocks_carry_the_cache(llama, tmp_path):
     whole = scorer.logits(ids, mask)
     parts = np.concatenate(list(scorer.blocks(ids, mask, 13)), axis=1)
     assert np.abs(whole - parts)[mask.astype(bool)].max() < 1e-4
+
+
+def test_blocks_without_a_scored_position(gate, tmp_path):
+    """The first half of every passage of a text is context only, whole blocks of it."""
+    ids = gate.batches[1].ids[:, :300]
+    scored = np.zeros_like(ids, bool)
+    scored[:, 200:299] = True
+    batch = divergence.Batch("text", ids, np.ones_like(ids), scored)
+
+    class Same:
+        def blocks(self, ids, mask, size):
+            random = np.random.default_rng(0)
+            for start in range(0, ids.shape[1], size):
+                yield random.normal(size=(1, min(size, ids.shape[1] - start), 512)).astype(np.float32)
+
+    found = divergence.compare(divergence.record(Same(), [batch], tmp_path), Same())
+    assert len(found.kld) == 99 and found.kld.max() < 1e-6 and found.top1.all()

@@ -18,7 +18,7 @@ QUESTION = "In one sentence, what does a lighthouse do?"
 def command(once: bool, port: int, out: str) -> None:
     """Ship SmolLM2-135M-Instruct to int8, serve it on 127.0.0.1 and ask it a question."""
     from lightship.bundle import Bundle
-    from lightship.errors import BundleError
+    from lightship.errors import BundleError, UsageError
     from lightship.pipeline import STAGES, ship
     from lightship.recipe import Recipe
     from lightship.serving.client import stream_chat
@@ -28,7 +28,7 @@ def command(once: bool, port: int, out: str) -> None:
     try:
         bundle = Bundle.open(out)
         click.echo(f"using the bundle that lies in {out}", err=True)
-    except BundleError:
+    except (BundleError, UsageError):  # damaged, or not there yet
         with stages(STAGES) as progress:
             bundle = ship(Recipe(source="demo"), Path(out), force=True, progress=progress)
     with running(bundle, port=port) as url:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import json
@@ -74,12 +75,13 @@ def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     import torch
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
     from transformers.exporters.utils import decompose_for_generation
+    from transformers.utils import logging as transformers_logging
 
     model = checkpoint.load(dtype)
     ids = torch.arange(2, 18).reshape(2, 8) % checkpoint.vocabulary
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
     try:
         with torch.no_grad(), output_on_stderr(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
@@ -408,6 +410,25 @@ class OpenVINOEngine:
         for request_id in list(self._running):
             self.cancel(request_id)
         del self._pipeline
+        _drop_signal_stack()
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of sigaltstack(2) on Linux."""
+
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+def _drop_signal_stack() -> None:
+    """Let this thread take signals on its ordinary stack.
+
+    Each instance of OpenVINO's CPU plugin (2026.4) gives its thread a signal stack and puts back the one before when it
+    ends. A pipeline's instances end in another order than they began, which leaves the thread with a stack that is
+    freed: the next signal, such as Ctrl-C, is then a segmentation fault.
+    """
+    if sys.platform == "linux":
+        disable = 2  # SS_DISABLE
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(_SignalStack(None, disable, 0)), None)
 
 
 def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine:

@@ -1,0 +1,267 @@
+"""The command line as a user meets it: one clear error, the right exit code, nothing left behind, nothing lost."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightship.bundle import Bundle
+
+COMMAND = [sys.executable, "-m", "lightship"]
+
+
+def lightship(*arguments, **options):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=240, **options)
+
+
+def refused(*arguments, says, code=2, **options):
+    """The command ends with `code` and one message that says what is wrong; no traceback, nothing on stdout."""
+    done = lightship(*arguments, **options)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert done.stderr.count("lightship: ") == 1, done.stderr
+    for words in [says] if isinstance(says, str) else says:
+        assert words in done.stderr
+    return done
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """The tiny llama in a folder that a test may damage, the output going beside it."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama.folder, folder)
+    return folder
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ── Sources that cannot be shipped ──────────────────────────────────────────
+
+
+def test_neither_a_folder_nor_a_hub_id(tmp_path):
+    refused("ship", "no such thing", "-o", tmp_path / "out", says=["neither a folder, nor a file, nor a hub id", "→"])
+
+
+def test_no_network(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    out = tmp_path / "out" / "bundle"
+    refused("ship", "nobody/no-model", "-o", out, says="HF_HUB_OFFLINE is set", env=environment)
+    assert list(out.parent.iterdir()) == []
+
+
+def unknown_architecture(folder):
+    edit(folder / "config.json", model_type="perceptron-9")
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt_header(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[20:40] = b"\xff" * 20
+    path.write_bytes(data)
+
+
+def own_code(folder):
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "model.Mine"})
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def not_finite(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.norm.weight"][0] = float("nan")
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (unknown_architecture, "does not know the architecture 'perceptron-9'"),
+        (no_tokenizer, "no tokenizer.json"),
+        (truncated, "its header describes"),
+        (corrupt_header, "damaged safetensors header"),
+        (own_code, "runs no code from a model"),
+        (pickled, "pickled weights"),
+        (broken_config, "not valid JSON"),
+        (not_finite, "the original model itself computes NaN"),
+    ],
+)
+def test_a_model_that_cannot_be_shipped(copy, tmp_path, damage, says):
+    damage(copy)
+    refused("ship", copy, "-o", tmp_path / "out" / "bundle", says=says)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_cut_gguf(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\x01" * 40)
+    refused("ship", tmp_path / "model.gguf", "-o", tmp_path / "out", says=["model.gguf", "damaged"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("ship", "x", "--accept", "kld<0.3"), "cannot read the limit"),
+        (("ship", "x", "--group-size", "7", "-p", "int4"), "group_size"),
+        (("show", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("check", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("serve", "/nowhere/at/all", "--port", "0"), "/nowhere/at/all"),
+        (("chat", "http://127.0.0.1:9/"), "is the server running?"),
+    ],
+)
+def test_wrong_use(arguments, says, tmp_path):
+    refused(*arguments, says=says, cwd=tmp_path, input="hello\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("sihp",), ("ship",), ("ship", "x", "--precision", "int3"), ("serve", "b", "--port", "x")]
+)
+def test_what_click_refuses(arguments):
+    done = lightship(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Usage:" in done.stderr
+
+
+def test_an_edited_bundle(bundle_path, tmp_path):
+    edited = tmp_path / "edited"
+    shutil.copytree(bundle_path, edited)
+    with (edited / "report.md").open("a") as file:
+        file.write("and it is the best\n")
+    for verb in ("show", "check", "serve"):
+        refused(verb, edited, says="report.md has", code=1)
+
+
+def test_a_port_in_use(bundle_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused("serve", bundle_path, "--port", port, says=f"port {port} on 127.0.0.1 is in use")
+
+
+# ── Verbs on a real bundle ──────────────────────────────────────────────────
+
+
+def test_show_and_list(bundle_path):
+    shown = lightship("show", bundle_path)
+    assert shown.returncode == 0 and "intact" in shown.stdout and "| kld " in shown.stdout
+    assert json.loads(lightship("show", bundle_path, "--json").stdout)["manifest"]["name"] == bundle_path.name
+    assert "openvino" in json.loads(lightship("list", "--json").stdout)["targets"]
+
+
+def test_evaluate_on_a_chat(bundle_path, llama, tmp_path):
+    """Chat JSONL through the model's template: only the assistant's tokens count."""
+    words = ["the harbour lamp burns all night long", "ships keep well clear of the rocks", "fog makes the horn sound"]
+    rows = [
+        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} " + 12 * words[i % 3]}]
+        for i in range(40)
+    ]
+    text = tmp_path / "chat.jsonl"
+    text.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    before = Bundle.open(bundle_path).digest
+    done = lightship("evaluate", bundle_path, llama.folder, "--text", text, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    metrics = {metric["name"]: metric for metric in report["metrics"]}
+    assert metrics["kld"]["value"] < 1e-5 and 0 < metrics["kld"]["n"] < 6 * 256
+    assert report["meta"]["text"]["name"] == "chat.jsonl" and "on your text" in report["meta"]["verdict"]
+    assert Bundle.open(bundle_path).digest == before  # nothing was written into it
+
+
+def test_chat_with_a_bundle(bundle_path):
+    done = lightship("chat", bundle_path, "--max-tokens", "8", input="Hello\nAnd now?\n\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2 and "Traceback" not in done.stderr
+
+
+def test_convert_leaves_a_gated_runtime_folder(llama, tmp_path):
+    done = lightship("convert", llama.folder, "-o", tmp_path / "ir", "--accept", "kld<=0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"folder": str(tmp_path / "ir")}
+    assert json.loads((tmp_path / "ir" / "engine.json").read_text())["precision"] == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["ir"]
+
+
+# ── Ctrl-C, and a disk that fills up ────────────────────────────────────────
+
+
+def interrupted(arguments, seconds_or_line):
+    """The finished process of a command that got Ctrl-C after some seconds, or at a line of progress."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    seen = ""
+    if isinstance(seconds_or_line, str):
+        while seconds_or_line not in seen:
+            line = process.stderr.readline()
+            assert line, f"ended before {seconds_or_line}: {seen}"
+            seen += line
+    else:
+        time.sleep(seconds_or_line)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, seen + err
+
+
+@pytest.mark.parametrize("line", ["] read", "] original", "] export", "] quantise", "] served path", "] evaluate"])
+def test_ctrl_c_leaves_nothing_and_loses_nothing(llama, bundle_path, tmp_path, line):
+    """With --force over an earlier bundle: it stands unharmed until the new one is complete."""
+    out = tmp_path / "bundle"
+    shutil.copytree(bundle_path, out)
+    code, printed, said = interrupted(["ship", llama.folder, "-o", out, "--force", "-p", "fp32"], line)
+    assert code == 130 and printed == "" and "Traceback" not in said, said
+    assert "stopped; nothing was left behind" in said
+    assert Bundle.open(out).digest == Bundle.open(bundle_path).digest
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("moment", [random.Random(seed).uniform(0, 6) for seed in range(4)])
+def test_ctrl_c_at_any_moment(llama, tmp_path, moment):
+    code, _, said = interrupted(["ship", llama.folder, "-o", tmp_path / "bundle", "-p", "fp32"], moment)
+    assert code == 130 and "Traceback" not in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def may_mount() -> bool:
+    """Whether a file system of a fixed size can be mounted for one process."""
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "x", "/mnt"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount a small tmpfs (root on Linux)")
+@pytest.mark.parametrize("size", ["200k", "1500k", "2600k", "3000k", "3500k"])
+def test_a_full_disk(llama, tmp_path, size):
+    """The disk fills in one stage or another: one error, and the disk is as it was."""
+    script = 'place="$2"; mount -t tmpfs -o size="$1" x "$place"; shift 2; "$@"; code=$?; ls -A "$place"; exit $code'
+    ship = [*COMMAND, "ship", str(llama.folder), "-o", str(tmp_path / "bundle"), "-p", "fp32"]
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", size, str(tmp_path), *ship],
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "is full" in done.stderr and done.stdout == ""
