@@ -40,8 +40,8 @@ Progress = Callable[[str], None]
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
 DISK_FULL = 2**20  # bytes left; less is no room for any file of a run
 EVALUATION_CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
-EVALUATION_CHUNKS = {"quick": 6, "full": 48}
-SPEED_REPEATS = {"quick": {"repeats": 5, "new_tokens": 32}, "full": {"repeats": 15, "new_tokens": 64}}
+EVALUATION_CHUNKS = {"quick": 6, "full": 24}
+SPEED_REPEATS = {"quick": {"repeats": 3, "new_tokens": 32}, "full": {"repeats": 7, "new_tokens": 64}}
 # Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
 STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
           "evaluate": 33, "pack": 1}  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 from lightship.errors import BundleError, UnsupportedError, UsageError
 
 VERSION = 1
+GATES = ("gate_", "export_", "served_")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Report:
     def get(self, name: str) -> Metric | None:
         """The metric called `name`."""
         return next((metric for metric in self.metrics if metric.name == name), None)
+
+    def short(self) -> Report:
+        """Without the gates' own figures, which those of the evaluation repeat on other text."""
+        kept = tuple(metric for metric in self.metrics if not metric.name.startswith(GATES))
+        return Report(kept, self.meta)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in `report.json`; `passed` is there for scripts and derived anew when read."""
@@ -260,7 +266,6 @@ svg text{fill:var(--ink);font:13px system-ui}.base{fill:var(--base)}.this{fill:v
 .limit{stroke:var(--bad);stroke-width:2;stroke-dasharray:3 2}dt{font-weight:600}dd{margin:0 0 .4rem}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser holds the page to its promise
-GATES = ("gate_", "export_", "served_")  # in the table; as bars they would repeat those of the evaluation
 WIDEST, ROW = 500, 54
 
 
@@ -296,13 +301,13 @@ def _drawable(metric: Metric) -> bool:
     """A bar needs something to be compared with, an original above 0 or a limit, and no figure below 0."""
     ends = [value for value in (metric.baseline, metric.value, metric.limit) if value is not None]
     compared = bool(metric.baseline) or bool(metric.limit)
-    return compared and _finite(metric) and min(ends) >= 0 and not metric.name.startswith(GATES)
+    return compared and _finite(metric) and min(ends) >= 0
 
 
 def _charts(report: Report) -> str:
     parts = []
     for kind in ("Size", "Speed", "Memory", "Quality"):
-        drawn = [metric for metric in report.metrics if _kind(metric) == kind and _drawable(metric)]
+        drawn = [metric for metric in report.short().metrics if _kind(metric) == kind and _drawable(metric)]
         if drawn:
             bars = "".join(_bars(metric, ROW * row) for row, metric in enumerate(drawn))
             parts.append(

@@ -32,7 +32,7 @@ def command(once: bool, port: int, out: str) -> None:
         with stages(STAGES) as progress:
             bundle = ship(Recipe(source="demo"), Path(out), force=True, progress=progress)
     with running(bundle, port=port) as url:
-        click.echo(f"\n{bundle.report.to_markdown()}")
+        click.echo(f"\n{bundle.report.short().to_markdown(methods=False)}")
         click.echo(
             f"bundle    {bundle.folder}  ({bundle.size_bytes / 1e6:.0f} MB)\nserving   {url}\n\nyou>      {QUESTION}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -24,7 +25,22 @@ def command(bundle: str, as_json: bool) -> None:
     click.echo(f"{opened.name}  ({opened.size_bytes / 1e6:.1f} MB, {len(manifest['files'])} files, intact)")
     click.echo(f"digest    {opened.digest}")
     click.echo(f"targets   {', '.join(opened.targets)}")
-    click.echo(f"source    {json.dumps(manifest['source'])}")
-    click.echo(f"recipe    {json.dumps(manifest['recipe'])}")
-    click.echo(f"created   {manifest['created']}\n")
+    click.echo(f"source    {_source(manifest['source'])}")
+    click.echo(f"recipe    {_plain(manifest['recipe'])}")
+    click.echo(f"created   {manifest['created']} on {_plain(manifest['machine'])}")
+    click.echo(f"versions  {_plain(manifest['versions'])}\n")
     click.echo(opened.report.to_markdown())
+
+
+def _source(source: dict[str, Any]) -> str:
+    """Name, dtype and digest, and every step that led to it with the precisions it had before."""
+    steps = [f"{entry['step']} ({_plain(entry.get('precision') or {}) or 'no change of precision'})"
+             for entry in source.get("lineage", ())]  # fmt: skip
+    came = f"; came by {', '.join(steps)}" if steps else ""
+    return f"{source['name']}, {source['dtype']}, digest {source['digest'][:16]}{came}"
+
+
+def _plain(values: dict[str, Any]) -> str:
+    """`key value, …`, without what was not set."""
+    rows = ((key, _plain(value) if isinstance(value, dict) else value) for key, value in values.items())
+    return ", ".join(f"{key} {value}" for key, value in rows if value not in (None, "", [], ()))

@@ -10,15 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import uvicorn
+from typing import TYPE_CHECKING
 
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
 from lightship.errors import EngineError, UsageError
-from lightship.serving.app import create_app
-from lightship.serving.model import ServedModel
 from lightship.serving.worker import Worker
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,9 +38,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _server(bundle: Bundle, settings: EngineSettings) -> uvicorn.Server:
+    """The engine loads in its process while this one imports the web framework."""
     target = bundle.targets[0]
     folder = bundle.target_folder(target)
-    app = create_app(Worker(target, folder, settings), ServedModel.load(bundle.name, bundle.digest, folder))
+    worker = Worker(target, folder, settings)
+    worker.spawn()
+    import uvicorn
+
+    from lightship.serving.app import create_app
+    from lightship.serving.model import ServedModel
+
+    app = create_app(worker, ServedModel.load(bundle.name, bundle.digest, folder))
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30))
 
 

@@ -40,11 +40,15 @@ def frame(message: dict[str, Any]) -> bytes:
 
 
 class Worker:
-    """A child process with one engine. `start` it, then `generate`; when it dies every stream raises `EngineDied`."""
+    """A child process with one engine. `start` it, then `generate`; when it dies every stream raises `EngineDied`.
+
+    `spawn` may come first, to let it load while the parent does something else.
+    """
 
     def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
         self._arguments = {"target": target, "folder": str(folder), "settings": asdict(settings)}
         self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._streams: dict[int, asyncio.Queue[Event | LightshipError]] = {}
@@ -63,17 +67,22 @@ class Worker:
         """The child's process id."""
         return self._process.pid if self._process else None
 
-    async def start(self) -> None:
-        """Start the child and wait until its engine is loaded. Raises `EngineError` with its reason when it fails."""
-        ours, theirs = socket.socketpair()
+    def spawn(self) -> None:
+        """Start the child, which loads its engine at once. It ends when this process does."""
+        self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "lightship.serving.worker", str(theirs.fileno())]
         # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, process_group=0
         )
         theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(frame(self._arguments))
+        self._socket.sendall(frame(self._arguments))
+
+    async def start(self) -> None:
+        """Wait until the child's engine is loaded, starting it if need be. Raises `EngineError` when it fails."""
+        if self._socket is None:
+            self.spawn()
+        reader, self._writer = await asyncio.open_connection(sock=self._socket)
         try:
             first = await _read(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -144,6 +153,8 @@ class Worker:
         self.ready = False
         if self._writer is not None:
             self._writer.close()  # the child ends when its socket does
+        elif self._socket is not None:
+            self._socket.close()
         if self._process is not None:
             try:
                 await asyncio.to_thread(self._process.wait, 5)
