@@ -25,7 +25,10 @@ lint: .venv/test.done
 	$(BIN)/mypy
 
 bench: .venv/build.done
-	$(BIN)/python -m benchmarks.ship
+	$(BIN)/python -m benchmarks.ship demo
+	$(BIN)/python -m benchmarks.ship llama
+	$(BIN)/python -m benchmarks.precisions
+	$(BIN)/python -m benchmarks.serve
 
 .venv/build.done: pyproject.toml constraints.txt
 	@echo "1/3 python environment in .venv"

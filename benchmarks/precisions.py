@@ -19,7 +19,6 @@ ARMS = {
     "int8": Precision(name="int8"),
     "int8, f32 arithmetic": Precision(name="int8", arithmetic="f32"),
     "int4, group 64": Precision(name="int4"),
-    "int4, group 32": Precision(name="int4", group_size=32),
 }
 
 
