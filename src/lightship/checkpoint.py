@@ -389,6 +389,15 @@ def save(
     return Checkpoint(folder)
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex. Raises `UsageError` when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`, readable, with a final newline."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

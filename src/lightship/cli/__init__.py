@@ -16,7 +16,7 @@ import click
 
 from lightship.errors import LightshipError
 
-VERBS = ("ship", "convert", "evaluate", "check", "serve", "chat", "show", "list", "demo")
+VERBS = ("ship", "init", "run", "convert", "evaluate", "check", "serve", "chat", "show", "list", "doctor", "demo")
 
 
 class Verbs(click.Group):

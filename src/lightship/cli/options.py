@@ -9,7 +9,7 @@ import click
 from pydantic import ValidationError
 
 from lightship.errors import UsageError
-from lightship.recipe import PRECISIONS, Precision, Recipe
+from lightship.recipe import PRECISIONS, Precision, Recipe, explain
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -55,5 +55,4 @@ def recipe_of(source: str, **given: Any) -> Recipe:
             revision=given["revision"],
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, received {first['input']!r}") from error
+        raise UsageError(explain(error)) from error

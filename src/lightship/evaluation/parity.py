@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.errors import LimitExceeded
-from lightship.evaluation.divergence import Batch, BlockScorer, Comparison, Reference, compare
+from lightship.evaluation.divergence import BLOCK, Batch, BlockScorer, Comparison, Reference, compare
 from lightship.report import Metric
 
 SHORT = (1, 5, 9, 16, 23, 32)
@@ -57,6 +57,14 @@ def gate_batches(tokens: Sequence[int], context: int, greedy: Callable[..., list
         Batch.of("long", [list(tokens[:long])]),
         Batch.of("greedy", continued, [len(prompt) - 1 for prompt in prompts]),
     ]
+
+
+def long_row(reference: Reference) -> tuple[list[int], npt.NDArray[np.float32]]:
+    """The tokens of the long row, and log p(token[i] | tokens before i) by the original for i ≥ 1."""
+    index = next(number for number, batch in enumerate(reference.batches) if batch.name == "long")
+    tokens = reference.batches[index].ids[0]
+    rows = np.concatenate([reference.rows(index, block) for block in range(-(-len(tokens) // BLOCK))])
+    return tokens.tolist(), rows[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def parity(reference: Reference, candidate: BlockScorer) -> Parity:

@@ -46,6 +46,14 @@ def read(
     )
 
 
+def converted_file(source: str) -> Path | None:
+    """The single file that `read` would convert into a new folder; None where the source is used as it lies."""
+    path, kind = _look(source)
+    if kind == "file":
+        return path
+    return find("sources", "demo").file() if kind == "" and source == "demo" else None
+
+
 def _look(source: str) -> tuple[Path, str]:
     """The path and whether it is a `folder`, a `file` or nothing here (an empty string)."""
     try:
