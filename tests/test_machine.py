@@ -32,7 +32,8 @@ def test_extras():
 
 
 FINE = {"cpu": "x", "cores": 8, "features": ["avx2", "avx512f", "amx_bf16"], "cpu_quota": None, "numa_nodes": 1,
-        "memory_gb": 64.0, "memory_limit_gb": None, "memory_bandwidth_gb_s": 40.0, "missing": {"build": []}}  # fmt: skip
+        "memory_gb": 64.0, "memory_limit_gb": None, "memory_bandwidth_gb_s": 40.0,
+        "missing": {"build": []}}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ def write(folder, text):
 
 def test_a_whole_recipe(tmp_path):
     text = (
-        "source: org/model\nname: mine\nprecision: {name: int4, group_size: 32}\naccept: ['kld<=0.3']\nevaluate: full\n"
+        "source: org/model\nname: mine\nprecision: {name: int4, group_size: 32}\naccept: ['kld<=0.3']\n"
+    text += "evaluate: full\n"
     )
     expected = Recipe(source="org/model", name="mine", precision=Precision(name="int4", group_size=32),
                       accept=("kld<=0.3",), evaluate="full")  # fmt: skip
@@ -48,7 +49,7 @@ def test_a_whole_recipe(tmp_path):
 def test_mistakes_name_the_key(tmp_path, text, says):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UsageError, match="recipe.yaml|limit") as caught:
+    with pytest.raises(UsageError, match=r"recipe\.yaml|limit") as caught:
         read_recipe(path)
     assert says is None or says in str(caught.value)
 

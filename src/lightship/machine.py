@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 
 def examine() -> dict[str, Any]:
-    """`machine()` with what limits it: cgroup quotas, NUMA nodes, memory and its measured bandwidth (takes a second)."""
+    """`machine()` with what limits it: cgroup quotas, NUMA nodes, memory and its bandwidth (measured, a second)."""
     import psutil
 
     return {
@@ -119,7 +119,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     features, said = found["features"], []
     quota, cores = found["cpu_quota"], found["cores"]
     if quota is not None and quota < cores:
-        said.append(f"the control group grants {quota:g} of {cores} cores: more threads than that stand still in turns; "
+        said.append(f"the control group grants {quota:g} of {cores} cores: more of them stand still in turns; "
                     f"serve with --threads {max(1, int(quota))}")  # fmt: skip
     if "avx2" not in features and found["cpu"]:
         said.append("no AVX2: expect a fraction of the usual speed")
@@ -132,9 +132,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     if (found["numa_nodes"] or 1) > 1:
         said.append(f"{found['numa_nodes']} NUMA nodes: pin a server to one (numactl --cpunodebind=0 --membind=0)")
     bandwidth = found["memory_bandwidth_gb_s"]
-    said.append(
-        f"one client: a model of 1 GB cannot pass about {bandwidth:.0f} tokens/s, since each token reads it once"
-    )
+    said.append(f"one client: a model of 1 GB cannot pass {bandwidth:.0f} tokens/s, since each token reads it once")
     limit = found["memory_limit_gb"]
     if limit is not None and limit < found["memory_gb"]:
         said.append(f"the control group grants {limit} of {found['memory_gb']} GB of memory")
