@@ -16,12 +16,10 @@ def write(folder, text):
 
 
 def test_a_whole_recipe(tmp_path):
-    text = (
-        "source: org/model\nname: mine\nprecision: {name: int4, group_size: 32}\naccept: ['kld<=0.3']\n"
-    text += "evaluate: full\n"
-    )
-    expected = Recipe(source="org/model", name="mine", precision=Precision(name="int4", group_size=32),
-                      accept=("kld<=0.3",), evaluate="full")  # fmt: skip
+    text = "source: org/model\nname: mine\nprecision: {name: int4, group_size: 32}\n"
+    text += "accept: ['kld<=0.3']\nevaluate: full\n"
+    exact = Precision(name="int4", group_size=32)
+    expected = Recipe(source="org/model", name="mine", precision=exact, accept=("kld<=0.3",), evaluate="full")
     assert read_recipe(write(tmp_path, text)) == expected
 
 
