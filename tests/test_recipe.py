@@ -1,6 +1,7 @@
 """A recipe is data: every mistake in it is one line that names the key."""
 
 import json
+import re
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -65,7 +66,7 @@ def test_a_recipe_of_a_megabyte_is_refused(tmp_path):
 def test_the_commented_recipe_is_the_default_one(tmp_path):
     text = commented("demo")
     assert read_recipe(write(tmp_path, text)) == Recipe(source="demo")
-    uncommented = "\n".join(line.replace("# ", "", 1) for line in text.splitlines()[1:])
+    uncommented = "\n".join(re.sub(r"^(\s*)# ", r"\1", line) for line in text.splitlines()[1:])
     assert read_recipe(write(tmp_path, uncommented)) == Recipe(source="demo")  # every line is a key at its default
 
 

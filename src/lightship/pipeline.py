@@ -186,7 +186,8 @@ def _kept(metrics: Sequence[Metric]) -> dict[str, Any]:
 
 def _build(run: Run) -> Built:
     gated = _gated(run)
-    return Built(gated, _evaluate(run, gated.checkpoint, gated.runtime.folder, gated.texts, gated.runtime.digest))
+    runtime = gated.runtime.folder / "runtime"
+    return Built(gated, _evaluate(run, gated.checkpoint, runtime, gated.texts, gated.runtime.digest))
 
 
 def _gated(run: Run) -> Gated:
