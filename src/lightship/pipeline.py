@@ -19,20 +19,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightship.bundle import Bundle, pack
+from lightship.bundle import MANIFEST, Bundle, pack
 from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
 from lightship.engine import Engine, EngineSettings, GenerationParams
-from lightship.errors import LightshipError, LimitExceeded, UsageError
+from lightship.errors import EngineError, LightshipError, LimitExceeded, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
 from lightship.evaluation.divergence import Reference
 from lightship.evaluation.text import Texts, cut
 from lightship.find import find
 from lightship.machine import machine, versions
-from lightship.recipe import KLD_LIMITS, Recipe
+from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
 from lightship.sources import converted_file, read
 from lightship.template import load_template
+from lightship.tokenizer import load_tokenizer
 from lightship.work import Progress, Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
@@ -68,9 +69,10 @@ def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress =
 
     Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`.
     """
-    _free(out, force)
+    _check_out(out, recipe, force, MANIFEST)
     with _scratch(out) as scratch:
-        return _ship(Run(recipe, Work(scratch / "run", tuple(STAGES), progress)), out, scratch)
+        run = Run(recipe, Work(scratch / "run", tuple(STAGES), progress))
+        return _pack(run, _build(run), out, scratch)
 
 
 def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silent) -> Bundle:
@@ -80,6 +82,7 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
     already up to date is verified and returned as it is.
     """
     out = Path(recipe.out or f"bundles/{recipe.label}")
+    _check_out(out, recipe, True, MANIFEST)
     work = Work(runs / recipe.label, tuple(STAGES), progress)
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / "bundle.json"
@@ -99,13 +102,15 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
     return bundle
 
 
-def _ship(run: Run, out: Path, scratch: Path) -> Bundle:
-    return _pack(run, _build(run), out, scratch)
-
-
-def _free(out: Path, force: bool) -> None:
+def _check_out(out: Path, recipe: Recipe, force: bool, mark: str) -> None:
+    """Raise unless `out` may be written: free, or, with `force`, an earlier result of ours (it holds `mark`)."""
+    if out.resolve() in (source := Path(recipe.source).expanduser().resolve(), *source.parents):
+        raise UsageError(f"{out} holds the source {recipe.source}", hint="choose another --out")
     if out.exists() and not force:
         raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
+    if out.exists() and not (out / mark).is_file():
+        raise UsageError(f"{out} was not made by lightship (it has no {mark}), so it is not replaced",
+                         hint="choose another --out, or remove it yourself")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -170,6 +175,15 @@ class Built:
         """Of the gates and of the evaluation."""
         return self.gated.metrics + _metrics(self.evaluated)
 
+    def check(self, limit: float) -> None:
+        """Raise `LimitExceeded` when the divergence on the scored text is above `limit`, as the gates do on theirs."""
+        kld = next(metric for metric in _metrics(self.evaluated) if metric.name == "kld")
+        if not kld.value <= limit:
+            raise LimitExceeded(
+                f"evaluate: mean KLD {kld.value:.3g} on the scored text exceeds {limit:g}; nothing is shipped",
+                hint=f'raise the precision, or accept it on purpose: --accept "kld<={parity.above(kld.value)}"',
+            )
+
     @property
     def digests(self) -> list[str]:
         """Of the stages that decide what is in the bundle."""
@@ -187,7 +201,9 @@ def _kept(metrics: Sequence[Metric]) -> dict[str, Any]:
 def _build(run: Run) -> Built:
     gated = _gated(run)
     runtime = gated.runtime.folder / "runtime"
-    return Built(gated, _evaluate(run, gated.checkpoint, runtime, gated.texts, gated.runtime.digest))
+    built = Built(gated, _evaluate(run, gated.checkpoint, runtime, gated.texts, gated.runtime.digest))
+    built.check(run.recipe.kld_limit())
+    return built
 
 
 def _gated(run: Run) -> Gated:
@@ -243,7 +259,7 @@ def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: St
     """Compare the export with the original, both computed exactly."""
     name = run.recipe.precision.name
     rounded = name == "bf16" and checkpoint.dtype != "bfloat16"
-    limit = max(KLD_LIMITS["bf16"], run.recipe.kld_limit()) if rounded else KLD_LIMITS["fp32"]
+    limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], parse_accepts(run.recipe.accept).get("kld", 0.0))
 
     def make(folder: Path) -> dict[str, Any]:
         found = parity.parity(gate, run.target.open_scorer(exported.folder / "runtime", EXACT))
@@ -317,7 +333,7 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
         candidate = memory.probe(recipe.target, runtime, **repeats)
         metrics += memory.paired(original, candidate)
-        metrics.append(memory.size_metric(runtime, memory.artefact_bytes(checkpoint.folder)))
+        metrics.append(memory.size_metric(runtime, checkpoint.size_bytes))
         if recipe.golden is not None:
             metrics += _golden_cases(run, Path(recipe.golden), checkpoint, runtime)
         return _kept(metrics)
@@ -356,9 +372,7 @@ def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -
 
 def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
     """A function that answers a prompt or messages greedily with `engine`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(checkpoint.folder)
     template = load_template(checkpoint.folder)
 
     def generate(prompt: str | Sequence[dict[str, Any]], max_tokens: int) -> str:
@@ -372,6 +386,8 @@ def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
         found: list[int] = []
         while engine.busy():
             for event in engine.step():
+                if event.error:
+                    raise EngineError(f"a golden case could not be answered: {event.error}")
                 found.extend(event.token_ids)
         return str(tokenizer.decode(found))
 
@@ -393,12 +409,18 @@ def _content(run: Run, built: Built, content: Path) -> Path:
     """Lay out everything that goes into the bundle but its manifest."""
     shutil.copytree(built.gated.runtime.folder / "runtime", content / "targets" / run.recipe.target)
     replay.write(divergence.reopen(built.gated.original.folder), content / "golden")
-    report = Report(tuple(built.metrics), _meta(run, built.gated.checkpoint, built.gated.texts, built.metrics))
+    metrics = _limited(built.metrics, run.recipe.kld_limit())
+    report = Report(metrics, _meta(run, built.gated.checkpoint, built.gated.texts, metrics))
     (content / "report.json").write_text(report.to_json(), encoding="utf-8")
     (content / "report.md").write_text(report.to_markdown(), encoding="utf-8")
     (content / "report.html").write_text(report.to_html(), encoding="utf-8")
     (content / "recipe.json").write_text(published(run.recipe).model_dump_json(indent=1) + "\n", encoding="utf-8")
     return content
+
+
+def _limited(metrics: Sequence[Metric], limit: float) -> tuple[Metric, ...]:
+    """The divergences with the limit that they must keep."""
+    return tuple(replace(metric, limit=limit) if metric.name in ("kld", "gate_kld") else metric for metric in metrics)
 
 
 def published(recipe: Recipe) -> Recipe:
@@ -410,7 +432,7 @@ def published(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
 
 
-def _verdict(run: Run, texts: Texts, metrics: Sequence[Metric]) -> str:
+def _verdict(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[Metric]) -> str:
     by_name = {metric.name: metric for metric in metrics}
 
     def ratio(name: str) -> float:
@@ -419,7 +441,8 @@ def _verdict(run: Run, texts: Texts, metrics: Sequence[Metric]) -> str:
     kld, limit = by_name["kld"], run.recipe.kld_limit()
     text = "scored on default text only (give --text for yours)" if texts.describe["default_only"] else "on your text"
     return (
-        f"{run.recipe.precision.name}: {1 / ratio('size'):.1f}× smaller, decode {ratio('decode'):.1f}× and prefill "
+        f"{run.recipe.precision.name}: {1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
+        f"decode {ratio('decode'):.1f}× and prefill "
         f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} (limit {limit:g}), "
         f"top-1 {by_name['top1'].value:.1%}; {text}"
     )
@@ -429,10 +452,21 @@ def _history(checkpoint: Checkpoint) -> list[Any]:
     return [entry["precision"] for entry in checkpoint.lineage if entry.get("precision")]
 
 
+def _origin(run: Run, checkpoint: Checkpoint) -> str:
+    """Where the original comes from, and what it was before: a quantised file is unpacked, which restores nothing."""
+    said = f"{published(run.recipe).source}, {checkpoint.size_bytes / 1e6:.0f} MB of {checkpoint.dtype}"
+    for entry in checkpoint.lineage:
+        if entry.get("precision"):
+            types = ", ".join(f"{count} {name}" for name, count in entry["precision"].items())
+            said += f", unpacked from {entry['source']} ({entry['bytes'] / 1e6:.0f} MB; tensors: {types})"
+    return said
+
+
 def _meta(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
         "title": f"{Path(run.recipe.source).name} → {run.recipe.precision.name}",
-        "verdict": _verdict(run, texts, metrics),
+        "verdict": _verdict(run, checkpoint, texts, metrics),
+        "source": _origin(run, checkpoint),
         "precision": run.recipe.precision.model_dump(),
         "limit_kld": run.recipe.kld_limit(),
         "accepted": list(run.recipe.accept),
@@ -450,7 +484,7 @@ def _manifest(run: Run, built: Built, name: str) -> dict[str, Any]:
         "targets": [run.recipe.target],
         "source": {
             "name": published(run.recipe).source,
-            "revision": run.recipe.revision,
+            "revision": checkpoint.revision,
             "digest": checkpoint.digest(),
             "dtype": checkpoint.dtype,
             "precision_history": _history(checkpoint),
@@ -482,11 +516,18 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
     measured = [kld, *memory.probe(target, runtime, repeats=repeats)]
     metrics = [replace(m, baseline=shipped[m.name].value if m.name in shipped else m.baseline) for m in measured]
     limit = float(bundle.report.meta["limit_kld"])
+    metrics[0] = replace(metrics[0], limit=limit)
     if not kld.value <= limit:
         raise LimitExceeded(f"on this machine mean KLD is {kld.value:.3g}, above the bundle's limit {limit:g}",
                             hint="its settings or libraries differ from where it was shipped")  # fmt: skip
-    meta = {"title": f"{bundle.name} on this machine", "bundle": bundle.digest, "machine": machine(),
-            "versions": versions(), "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})"}  # fmt: skip
+    meta = {
+        "title": f"{bundle.name} on this machine",
+        "baseline": "as shipped",
+        "bundle": bundle.digest,
+        "machine": machine(),
+        "versions": versions(),
+        "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})",
+    }
     return Report(tuple(metrics), meta)
 
 
@@ -495,23 +536,36 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 
 def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Path:
     """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
-    _free(out, force)
+    _check_out(out, recipe, force, "engine.json")
     with _scratch(out) as scratch:
         gated = _gated(Run(recipe, Work(scratch / "run", CONVERT, progress)))
         _replace(gated.runtime.folder / "runtime", out)
     return out
 
 
-def evaluate(bundle: Path, source: str, text: str | None = None, level: str = "quick",
-             progress: Progress = silent) -> Report:  # fmt: skip
-    """Measure the bundle against the original named by `source`, on `text`. Writes nothing into the bundle."""
+def evaluate(
+    bundle: Path,
+    source: str,
+    *,
+    text: str | None = None,
+    golden: str | None = None,
+    level: str = "quick",
+    progress: Progress = silent,
+) -> Report:
+    """Measure the bundle against the original named by `source`, on `text` and on the cases in `golden`.
+
+    Writes nothing into the bundle. What is above its limit is marked, not raised.
+    """
     opened = Bundle.open(bundle)
     recipe = Recipe.model_validate(
-        {**opened.manifest["recipe"], "source": source, "text": text, "golden": None, "evaluate": level}
+        {**opened.manifest["recipe"], "source": source, "text": text, "golden": golden, "evaluate": level}
     )
     with tempfile.TemporaryDirectory(prefix="lightship-") as folder:
         run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
         checkpoint, texts = _read(run)
         runtime = opened.target_folder(recipe.target)
-        metrics = _metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest))
-        return Report(tuple(metrics), _meta(run, checkpoint, texts, metrics))
+        metrics = _limited(_metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest)), recipe.kld_limit())
+        meta = _meta(run, checkpoint, texts, metrics)
+        if checkpoint.digest() != opened.manifest["source"]["digest"]:
+            meta["verdict"] += f"; {source} is not the model this bundle was made from"
+        return Report(metrics, meta)

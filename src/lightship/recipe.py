@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lightship.errors import UnsupportedError, UsageError
 
@@ -17,6 +17,9 @@ PrecisionName = Literal["fp32", "bf16", "int8", "int4"]
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "int8", "int4")
 # Mean KL divergence (nats per token) from the original that a candidate may reach before the run stops.
 KLD_LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "int8": 2e-2, "int4": 0.15}
+
+
+INT4_ONLY = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
 
 
 class _Data(BaseModel):
@@ -34,6 +37,19 @@ class Precision(_Data):
     awq: bool = Field(True, description="activation-aware weight scaling (Lin et al. 2023, arXiv:2306.00978)")
     scale_estimation: bool = Field(True, description="scales that minimise the layer's output error")
     gptq: bool = Field(False, description="error-compensated rounding (Frantar et al. 2022, arXiv:2210.17323)")
+
+    @property
+    def data_aware(self) -> bool:
+        """Whether quantising needs a calibration set."""
+        return self.name == "int4" and (self.awq or self.scale_estimation or self.gptq)
+
+    @model_validator(mode="after")
+    def _only_where_it_matters(self) -> Precision:
+        fields = type(self).model_fields
+        idle = [name for name in INT4_ONLY if getattr(self, name) != fields[name].default]
+        if self.name != "int4" and idle:
+            raise ValueError(f"{', '.join(idle)} changes nothing at {self.name}: it is for int4")
+        return self
 
 
 class Recipe(_Data):

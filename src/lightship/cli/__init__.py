@@ -72,4 +72,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except OSError as error:
         click.echo(f"lightship: {error}", err=True)
         sys.exit(2)
+    except MemoryError:
+        click.echo("lightship: out of memory\n  → a smaller model or precision, or a machine with more", err=True)
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -98,13 +98,14 @@ def check_parity(found: Parity, limit: float, stage: str) -> None:
         raise LimitExceeded(
             f"{stage}: mean KLD {found.mean_kld:.3g} exceeds the limit {limit:g}; nothing is shipped\n  "
             + "\n  ".join(found.lines()),
-            hint=f'raise the precision, or accept it on purpose: --accept "kld<={_above(found.mean_kld)}"'
+            hint=f'raise the precision, or accept it on purpose: --accept "kld<={above(found.mean_kld)}"'
             if math.isfinite(found.mean_kld)
             else "the candidate computes NaN or infinity: this is a fault, not a loss of precision",
         )
 
 
-def _above(value: float) -> str:
+def above(value: float) -> str:
+    """A round figure a little above `value`, to be suggested as a limit."""
     digits = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
     return f"{math.ceil(value * 1.05 / digits) * digits:.2g}"
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from lightship.calibration import Encode, Passages, Text, calibration_set, default_text, read_text, render_with
 from lightship.checkpoint import Checkpoint
-from lightship.errors import LightshipError, SourceError, UsageError
+from lightship.errors import UsageError
 from lightship.evaluation import golden, parity
 from lightship.recipe import Recipe
 from lightship.template import ChatTemplate, load_template
+from lightship.tokenizer import load_tokenizer
 
 CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
 CHUNKS = {"quick": 6, "full": 24}
@@ -38,8 +39,9 @@ def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:
     length = min(CHUNK, context)
     score = scoring_set(text, encode, length, CHUNKS[recipe.evaluate], start=start)
     gate = scoring_set(default_text(), encode, min(parity.LONG, context), 1, start=start).sequences[0]
-    int4 = recipe.precision.name == "int4"
-    calibrate = calibration_set(text, encode, length, CALIBRATION_ROWS, start=start) if int4 else None
+    calibrate = None
+    if recipe.precision.data_aware:
+        calibrate = calibration_set(text, encode, length, CALIBRATION_ROWS, start=start)
     describe = {
         "name": score.name,
         "default_only": text.default,
@@ -52,12 +54,7 @@ def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:
 
 def tokeniser(checkpoint: Checkpoint) -> tuple[Encode, int | None]:
     """Text → token ids without special tokens, from `tokenizer.json`; and the id it begins a text with, if any."""
-    from tokenizers import Tokenizer
-
-    path = checkpoint.folder / "tokenizer.json"
-    if not path.is_file():
-        raise SourceError(f"{checkpoint.folder} has no tokenizer.json", hint="save a fast tokenizer with the model")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = load_tokenizer(checkpoint.folder)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
@@ -82,13 +79,4 @@ def open_text(path: str | None, template: ChatTemplate | None) -> Text:
 
 def scoring_set(text: Text, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
     """Sequences to score on: from the documents that never calibrate. Raises `UsageError` for too short a text."""
-    calibration, scoring = text.split()
-    check_disjoint(calibration, scoring)
-    return scoring.encode(tokenize, length, count, start=start)
-
-
-def check_disjoint(calibration: Text, scoring: Text) -> None:
-    """Raise `LightshipError` when a document would calibrate and score."""
-    shared = {document.digest for document in calibration.documents} & {doc.digest for doc in scoring.documents}
-    if shared:
-        raise LightshipError(f"{len(shared)} documents of {scoring.name} would calibrate and score")
+    return text.split()[1].encode(tokenize, length, count, start=start)

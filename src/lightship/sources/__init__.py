@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightship.checkpoint import Checkpoint
-from lightship.errors import SourceError
+from lightship.errors import SourceError, UsageError
 from lightship.find import find
 
 GGUF_MAGIC = b"GGUF"
@@ -29,6 +29,8 @@ def read(
     (default: HF_TOKEN). Raises `SourceError`, or `UnsafeSource` for pickled weights.
     """
     path, kind = _look(source)
+    if revision is not None and (kind or source == "demo"):
+        raise UsageError(f"{source} has no revisions: it is no hub model", hint="leave --revision out")
     if kind == "folder":
         log(f"folder {path} taken, not the hub id" if _is_hub_id(source) else f"reading the folder {path}")
         return _use("huggingface", str(path), folder, log)
