@@ -64,7 +64,7 @@ def test_only_results_of_ours_are_replaced(llama, tmp_path):
     recipe = Recipe(source=str(llama.folder))
     for out in (tmp_path / "docs", llama.folder, llama.folder.parent):
         for verb in (ship, convert):
-            with pytest.raises(UsageError, match="was not made by lightship|holds the source"):
+            with pytest.raises(UsageError, match=r"was not made by lightship|holds the source"):
                 verb(recipe, out, force=True)
     with pytest.raises(UsageError, match="was not made by lightship"):
         run(recipe.model_copy(update={"out": str(tmp_path / "docs")}), runs=tmp_path / "runs")

@@ -27,7 +27,9 @@ MARKED = (
 def test_as_transformers(tmp_path, template, prompt):
     tiny_tokenizer(tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    expected = tokenizer.apply_chat_template(MESSAGES, template, tokenize=False, add_generation_prompt=prompt)
+    expected = tokenizer.apply_chat_template(
+        MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=prompt
+    )
     assert ChatTemplate(template, {}).render(MESSAGES, prompt) == expected
 
 

@@ -27,14 +27,11 @@ def test_a_conversation_that_grows_by_a_turn_is_on_one_side_only() -> None:
     talks = []
     for chat in range(40):
         pieces = [(text + str(chat) if scored else text, scored) for text, scored in turns]
-        talks += [
-            Document(tuple(pieces)),
-            Document((*pieces, ("more", False), (f"and a second long answer in talk {chat}", True))),
-        ]
+        again = [("more", False), (f"and a second long answer in talk {chat}", True)]
+        talks += [Document(tuple(pieces)), Document((*pieces, *again))]
     calibration, scoring = Text("t", tuple(talks)).split()
-    answers = [
-        {piece for document in side.documents for piece in document.answers()} for side in (calibration, scoring)
-    ]
+    sides = (calibration, scoring)
+    answers = [{piece for document in side.documents for piece in document.answers()} for side in sides]
     assert len(answers[0]) > 3 and not answers[0] & answers[1]
     short = Text("t", tuple(Document((("why? " + str(i), False), ("Yes.", True))) for i in range(40))).split()
     assert all(side.documents for side in short)  # a stock phrase moves nothing

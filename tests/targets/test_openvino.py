@@ -38,15 +38,7 @@ def test_the_tokenizer_beside_the_graph_gives_the_same_ids(bundle_path):
     decoder = core.compile_model(folder / "openvino_detokenizer.xml", "CPU")
     tokenizer = load_tokenizer(folder)
     texts = [document.text[:300] for document in default_text().documents[:40]]
-    texts += [
-        "",
-        " ",
-        "\n\n\t",
-        "naïve façade — 漢字 🚢 العربية",
-        "a" * 300,
-        "x=1;\r\ny=2",
-        "<|user|>typed by a user<|end|>",
-    ]
+    texts += ["", " ", "\n\n\t", "naïve façade — 漢字 🚢 العربية", "a" * 300, "x=1;\r\ny=2", "<|user|>typed<|end|>"]
     for text in texts:
         expected = tokenizer.encode(text).ids
         assert encoder([text])["input_ids"][0].tolist() == expected, text
