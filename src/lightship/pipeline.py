@@ -104,7 +104,8 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
 
 def _check_out(out: Path, recipe: Recipe, force: bool, mark: str) -> None:
     """Raise unless `out` may be written: free, or, with `force`, an earlier result of ours (it holds `mark`)."""
-    if out.resolve() in (source := Path(recipe.source).expanduser().resolve(), *source.parents):
+    source = Path(recipe.source).expanduser().resolve()
+    if source.exists() and out.resolve() in (source, *source.parents):
         raise UsageError(f"{out} holds the source {recipe.source}", hint="choose another --out")
     if out.exists() and not force:
         raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
@@ -439,11 +440,12 @@ def _verdict(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[M
         return by_name[name].ratio() or float("nan")
 
     kld, limit = by_name["kld"], run.recipe.kld_limit()
+    kept = "limit" if kld.value <= limit else "ABOVE ITS LIMIT"
     text = "scored on default text only (give --text for yours)" if texts.describe["default_only"] else "on your text"
     return (
         f"{run.recipe.precision.name}: {1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
         f"decode {ratio('decode'):.1f}× and prefill "
-        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} (limit {limit:g}), "
+        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} ({kept} {limit:g}), "
         f"top-1 {by_name['top1'].value:.1%}; {text}"
     )
 
