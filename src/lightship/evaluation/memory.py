@@ -17,7 +17,8 @@ from pathlib import Path
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.report import Metric
 
-INTERVAL = 0.015  # seconds between samples; longer where reading the page tables is slow, to leave ≥ 75 % of a core
+INTERVAL = 0.05  # seconds between samples; longer where reading the page tables is slow
+DUTY = 0.02  # share of the time that a sample may take: it holds the process's memory map, and speed is measured too
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _watch(process: subprocess.Popen[bytes], deadline: float | None) -> tuple[in
         peak = max(peak, sum(pss_bytes(pid) for pid in tree(process.pid)))
         vm_hwm = max(vm_hwm, peak_rss_bytes(process.pid))
         samples += 1
-        time.sleep(max(INTERVAL, 3 * (time.monotonic() - began)))
+        time.sleep(max(INTERVAL, (time.monotonic() - began) / DUTY))
     return vm_hwm, peak, samples
 
 
