@@ -87,7 +87,8 @@ def _watch(process: subprocess.Popen[bytes], deadline: float | None) -> tuple[in
         vm_hwm = max(vm_hwm, peak_rss_bytes(process.pid))
         samples += 1
         now = time.monotonic()
-        time.sleep(max(INTERVAL, (now - began) / DUTY, (now - started) * RARER))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(INTERVAL, (now - began) / DUTY, (now - started) * RARER))
     return vm_hwm, peak, samples
 
 
