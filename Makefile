@@ -27,6 +27,7 @@ lint: .venv/test.done
 bench: .venv/build.done
 	$(BIN)/python -m benchmarks.ship demo
 	$(BIN)/python -m benchmarks.ship llama
+	$(BIN)/python -m benchmarks.stages
 	$(BIN)/python -m benchmarks.precisions
 	$(BIN)/python -m benchmarks.serve
 

@@ -25,7 +25,7 @@ from lightship.bundle import Bundle
 from lightship.calibration import default_text
 from lightship.evaluation.memory import pss_bytes, tree
 from lightship.serving.server import wait_ready
-from lightship.serving.text import load_tokenizer
+from lightship.tokenizer import load_tokenizer
 
 IN, OUT = 200, 64
 Run = dict[str, Any]

@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from lightship.bundle import Bundle
 from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings
-from lightship.errors import LimitExceeded, UsageError
+from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation.replay import bucketed
-from lightship.pipeline import check, convert, ship
+from lightship.pipeline import check, convert, run, ship
 from lightship.recipe import Precision, Recipe, parse_accepts
 from lightship.targets.openvino import properties
+from tests.tiny import tiny_llama
 
 
 def test_ship_measures_and_seals(bundle_path, llama):
@@ -54,6 +57,98 @@ def test_an_existing_output_is_kept(llama, tmp_path):
     assert (tmp_path / "mine" / "work.txt").read_text() == "precious"
 
 
+def test_only_results_of_ours_are_replaced(llama, tmp_path):
+    """--force is no licence to delete: not a folder of the user's, not the model itself."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.txt").write_text("precious")
+    recipe = Recipe(source=str(llama.folder))
+    for out in (tmp_path / "docs", llama.folder, llama.folder.parent):
+        for verb in (ship, convert):
+            with pytest.raises(UsageError, match=r"was not made by lightship|holds the source"):
+                verb(recipe, out, force=True)
+    with pytest.raises(UsageError, match="was not made by lightship"):
+        run(recipe.model_copy(update={"out": str(tmp_path / "docs")}), runs=tmp_path / "runs")
+    assert (tmp_path / "docs" / "thesis.txt").read_text() == "precious" and (llama.folder / "config.json").is_file()
+
+
+def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
+    from lightship import pipeline
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "work" / "new").mkdir(parents=True)
+    rename = os.rename
+
+    def interrupted(source, target):
+        if source == tmp_path / "work" / "new":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(pipeline.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline._replace(tmp_path / "work" / "new", tmp_path / "old")
+    assert (tmp_path / "old").is_dir() and not (tmp_path / "work" / "replaced").exists()
+
+
+def test_above_its_limit_on_the_users_text_nothing_is_shipped(llama, tmp_path, monkeypatch):
+    """The gates pass on the default text; what counts as well is the text that the user will have."""
+    from lightship import pipeline
+
+    quality = pipeline._quality
+
+    def worse(*arguments):
+        return [replace(metric, value=0.5) if metric.name == "kld" else metric for metric in quality(*arguments)]
+
+    monkeypatch.setattr(pipeline, "_quality", worse)
+    with pytest.raises(LimitExceeded, match=r"evaluate: mean KLD 0\.5 on the scored text.*\n.*kld<=0\.53"):
+        ship(Recipe(source=str(llama.folder), precision=Precision(name="fp32")), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accepted_limit_holds_for_the_export_too(llama, tmp_path, monkeypatch):
+    """The hint of a failed export gate must help whoever follows it."""
+    from lightship import pipeline
+
+    limits = []
+    monkeypatch.setattr(pipeline.parity, "check_parity", lambda found, limit, stage: limits.append((stage, limit)))
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name="fp32"), accept=("kld<=0.3",))
+    convert(recipe, tmp_path / "ir")
+    assert limits == [("gate export", 0.3), ("gate", 0.3)]
+
+
+def test_a_short_context_ships(tmp_path):
+    """Speed is measured within the model's context, the gates and the passages too."""
+    short = tiny_llama(tmp_path / "short", max_position_embeddings=128)
+    bundle = ship(Recipe(source=str(short.folder), precision=Precision(name="fp32")), tmp_path / "out")
+    assert "96 prompt tokens" in bundle.report.get("prefill").method
+
+
+def test_golden_cases_through_the_pipeline(llama, tmp_path):
+    """One case that the original's own answer passes, one that nothing passes, one with messages."""
+    cases = [
+        {"id": "any", "prompt": "Hello", "expect": {"regex": "^"}, "max_tokens": 4},
+        {"id": "none", "prompt": "Hello", "expect": {"exact": "no model says this"}, "max_tokens": 4},
+        {"id": "chat", "messages": [{"role": "user", "content": "Hi"}], "expect": {"regex": "^"}, "max_tokens": 4},
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name="fp32"), golden=str(tmp_path / "cases.jsonl"))
+    report = ship(recipe, tmp_path / "out").report
+    golden = report.get("golden")
+    assert (golden.value, golden.baseline, golden.n) == (pytest.approx(2 / 3), pytest.approx(2 / 3), 3)
+    assert report.get("golden_lost").value == 0
+
+
+def test_groups_that_do_not_fit_are_an_error_of_ours(llama, tmp_path):
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name="int4", group_size=96, awq=False))
+    with pytest.raises(UnsupportedError, match="groups of 96"):
+        convert(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", [{"group_size": 32}, {"gptq": True}, {"awq": False}, {"ratio": 0.5}])
+def test_options_that_would_change_nothing_are_refused(option):
+    with pytest.raises(ValidationError, match="changes nothing at int8"):
+        Precision(name="int8", **option)
+
+
 def test_an_interrupted_run_leaves_nothing(llama, tmp_path):
     def interrupt(line):
         if "gate export" in line:
@@ -67,7 +162,7 @@ def test_an_interrupted_run_leaves_nothing(llama, tmp_path):
 def test_check_measures_the_same_model_again(bundle_path):
     before = sorted((path, path.stat().st_mtime_ns) for path in bundle_path.rglob("*"))
     report = check(bundle_path, repeats=1)
-    assert report.get("gate_kld").value < 1e-5
+    assert report.get("golden_kld").value < 1e-5
     assert sorted((path, path.stat().st_mtime_ns) for path in bundle_path.rglob("*")) == before
 
 
@@ -117,10 +212,10 @@ def test_a_cut_model_ships(llama, tmp_path):
     assert (runtime / "structure.json").is_file()
 
 
-@pytest.mark.parametrize(("name", "share"), [("bf16", 0.65), ("int4", 0.45)])
-def test_the_other_precisions_ship(llama, tmp_path, name, share):
+@pytest.mark.parametrize(("name", "options", "share"), [("bf16", {}, 0.65), ("int4", {"group_size": 32}, 0.45)])
+def test_the_other_precisions_ship(llama, tmp_path, name, options, share):
     """int4 with the data-aware options; a random model of 64 channels is no judge of its quality, hence the limit."""
-    recipe = Recipe(source=str(llama.folder), precision=Precision(name=name, group_size=32), accept=("kld<=2",))
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name=name, **options), accept=("kld<=2",))
     runtime = convert(recipe, tmp_path / name)
     assert (runtime / "openvino_model.bin").stat().st_size < share * llama.weight_bytes
 

@@ -36,6 +36,10 @@ class Document:
         """SHA-256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def answers(self) -> set[str]:
+        """The scored pieces that are long enough to be told from a stock phrase."""
+        return {text.strip() for text, scored in self.pieces if scored and len(text.strip()) >= REPEAT_CHARACTERS}
+
 
 @dataclass(frozen=True)
 class Passages:
@@ -69,7 +73,8 @@ class Text:
     def split(self) -> tuple[Text, Text]:
         """(calibration, scoring): about a quarter of the documents by hash, and the rest; never overlapping.
 
-        Documents are ordered by digest, so neither their order in the file nor other documents move one across.
+        Documents are ordered by digest, so neither their order in the file nor other documents move one across. A
+        document that repeats an answer scored elsewhere (a conversation with one turn more) does not calibrate.
         """
         documents = sorted(self.documents, key=lambda document: document.digest)
         bound = int(CALIBRATION_SHARE * 16**8)
@@ -77,6 +82,8 @@ class Text:
         scoring = [document for document in documents if int(document.digest[:8], 16) >= bound]
         if not calibration or not scoring:  # an unlucky few: by position; a single document can only score
             calibration, scoring = documents[1::4], [doc for index, doc in enumerate(documents) if index % 4 != 1]
+        scored = {piece for document in scoring for piece in document.answers()}
+        calibration = [document for document in calibration if not scored & document.answers()]
         return Text(self.name, tuple(calibration), self.default), Text(self.name, tuple(scoring), self.default)
 
     @property

@@ -33,6 +33,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens of context that a configuration names, None when it names none."""
+    return next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+
+
 def require(*packages: str, extra: str = "build") -> None:
     """Raise `MissingExtra` naming the first of `packages` that is not installed. Imports none of them."""
     for package in packages:
@@ -99,13 +104,13 @@ class Checkpoint:
     def context_length(self) -> int:
         """Tokens that the model was made for. Raises `SourceError` when the configuration does not say."""
         config = self.config
-        found = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+        found = context_length(config)
         if found is None:
             raise SourceError(
                 f"{self.folder / 'config.json'} does not say how many tokens of context the model was made for",
                 hint=f"add one of {', '.join(CONTEXT_KEYS)}",
             )
-        return int(found)
+        return found
 
     @property
     def vocabulary(self) -> int:
@@ -167,6 +172,17 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of the safetensors files that make the model."""
         return sum(path.stat().st_size for path in self.weight_files)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of weights, configuration and tokenizer; what else lies in the folder does not count."""
+        others = (path for path in self.folder.iterdir() if path.suffix in (".json", ".jinja", ".model"))
+        return self.weight_bytes + sum(path.stat().st_size for path in others if path.is_file())
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a checkpoint that lies in the hub's cache (…/snapshots/COMMIT), None for any other."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def digest(self) -> str:
         """SHA-256 over names and contents of the files that make the model, sorted by name.
@@ -387,6 +403,15 @@ def save(
     entry.setdefault("digest", before.digest())
     write_json(folder / "lineage.json", [*before.lineage, entry])
     return Checkpoint(folder)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex. Raises `UsageError` when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,10 +33,10 @@ class GenerationParams:
 @dataclass(frozen=True)
 class EngineSettings:
     """How to open a model for generation. None leaves the choice to the runtime folder's `engine.json`, then to the
-    runtime. `kv_cache_gb` is the memory for keys and values in GiB; precisions are `f32`, `bf16`, `u8`, ….
+    runtime. `kv_cache_gb` is the memory for keys and values in whole GiB; precisions are `f32`, `bf16`, `u8`, ….
     """
 
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: int = 1
     max_num_seqs: int = 256
     max_batched_tokens: int = 512
     prefix_cache: bool = True

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("lightship", "openvino", "openvino-genai", "nncf", "torch", "transformers", "tokenizers", "numpy")
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+GB = 1e9
 
 
 def versions() -> dict[str, str]:
     """The libraries that shape the result, those that are installed."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # a machine that only serves has no torch
-    return found
+    return {name: version for name in LIBRARIES if (version := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None  # a machine that only serves has no torch
 
 
 def machine() -> dict[str, Any]:
@@ -36,3 +41,102 @@ def machine() -> dict[str, Any]:
         "features": [feature for feature in FEATURES if feature in flags],
         "system": platform.platform(terse=True),
     }
+
+
+# ── A closer look, for `lightship doctor` ───────────────────────────────────
+
+
+def examine() -> dict[str, Any]:
+    """`machine()` with what limits it: cgroup quotas, NUMA nodes, memory and its bandwidth (measured, a second)."""
+    import psutil
+
+    return {
+        **machine(),
+        "python": platform.python_version(),
+        "cpu_quota": cpu_quota(),
+        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
+        "memory_gb": round(psutil.virtual_memory().total / GB, 1),
+        "memory_limit_gb": _gb(memory_limit()),
+        "memory_available_gb": round(psutil.virtual_memory().available / GB, 1),
+        "memory_bandwidth_gb_s": round(memory_bandwidth() / GB, 1),
+        "versions": versions(),
+        "missing": missing_by_extra(),
+    }
+
+
+def _gb(size: int | None) -> float | None:
+    return None if size is None else round(size / GB, 1)
+
+
+def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores that the control group grants (`cpu.max`, cgroup v2), None where it sets no limit."""
+    granted, _, period = _content(group / "cpu.max").partition(" ")
+    return int(granted) / int(period) if granted.isdigit() and period.strip().isdigit() else None
+
+
+def memory_limit(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the control group grants (`memory.max`, cgroup v2), None where it sets no limit."""
+    text = _content(group / "memory.max")
+    return int(text) if text.isdigit() else None
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # not Linux, or no cgroup v2
+
+
+def memory_bandwidth(size: int = 128 * 2**20, repeats: int = 5) -> float:
+    """Bytes a second read and written while every core copies an array of `size` bytes; the best of `repeats`."""
+    import numpy as np
+
+    cores = machine()["cores"]
+    arrays = [(np.ones(size // 8), np.empty(size // 8)) for _ in range(cores)]
+    for source, target in arrays:
+        np.copyto(target, source)  # maps the pages
+    best = 0.0
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), arrays))
+            best = max(best, 2 * size * cores / (time.perf_counter() - began))
+    return best
+
+
+def missing_by_extra() -> dict[str, list[str]]:
+    """Extra → its packages that are not installed; an extra that is complete has an empty list."""
+    found: dict[str, list[str]] = {}
+    for requirement in metadata.requires("lightship") or ():
+        if match := re.fullmatch(r"([\w.-]+).*;.*extra == ['\"](\w+)['\"]", requirement):
+            package, extra = match.groups()
+            found.setdefault(extra, []).extend([package] if _version(package) is None else [])
+    return found
+
+
+def advice(found: dict[str, Any]) -> list[str]:
+    """What is slow or missing here, and why, for the findings of `examine`."""
+    features, said = found["features"], []
+    quota, cores = found["cpu_quota"], found["cores"]
+    if quota is not None and quota < cores:
+        said.append(f"the control group grants {quota:g} of {cores} cores: more of them stand still in turns; "
+                    f"serve with --threads {max(1, int(quota))}")  # fmt: skip
+    if "avx2" not in features and found["cpu"]:
+        said.append("no AVX2: expect a fraction of the usual speed")
+    elif "avx512f" not in features:
+        said.append("no AVX-512: prefill runs at about half the speed of processors that have it")
+    if "amx_bf16" not in features and "avx512_bf16" not in features:
+        said.append("no bf16 arithmetic: it is computed in f32, which is exact and slower for many clients")
+    elif "amx_bf16" not in features:
+        said.append("bf16 without AMX: long prompts and many clients are slower than on processors that have AMX")
+    if (found["numa_nodes"] or 1) > 1:
+        said.append(f"{found['numa_nodes']} NUMA nodes: pin a server to one (numactl --cpunodebind=0 --membind=0)")
+    bandwidth = found["memory_bandwidth_gb_s"]
+    said.append(f"one client: a model of 1 GB cannot pass {bandwidth:.0f} tokens/s, since each token reads it once")
+    limit = found["memory_limit_gb"]
+    if limit is not None and limit < found["memory_gb"]:
+        said.append(f"the control group grants {limit} of {found['memory_gb']} GB of memory")
+    if found["missing"].get("build"):
+        said.append(f"this machine serves but cannot build: {', '.join(found['missing']['build'])} missing "
+                    '(pip install "lightship[build]")')  # fmt: skip
+    return said

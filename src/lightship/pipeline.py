@@ -12,31 +12,30 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from lightship.bundle import Bundle, pack
-from lightship.calibration import Encode, Passages, Text, calibration_set, default_text, read_text, render_with
-from lightship.checkpoint import Checkpoint
+from lightship.bundle import MANIFEST, Bundle, pack
+from lightship.calibration import Passages
+from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
 from lightship.engine import Engine, EngineSettings, GenerationParams
-from lightship.errors import LightshipError, LimitExceeded, SourceError, UsageError
+from lightship.errors import EngineError, LightshipError, LimitExceeded, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
 from lightship.evaluation.divergence import Reference
-from lightship.evaluation.text import scoring_set
+from lightship.evaluation.text import Texts, cut
 from lightship.find import find
 from lightship.machine import machine, versions
-from lightship.recipe import KLD_LIMITS, Recipe
+from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
-from lightship.sources import read
-from lightship.template import ChatTemplate, load_template
+from lightship.sources import converted_file, read
+from lightship.template import load_template
+from lightship.tokenizer import load_tokenizer
+from lightship.work import Progress, Stage, Work, digest_of
 
-Progress = Callable[[str], None]
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
 DISK_FULL = 2**20  # bytes left; less is no room for any file of a run
 EVALUATION_CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
@@ -52,45 +51,73 @@ def silent(message: str) -> None:
     """A progress listener that listens to nothing."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One ship run on its way: what each stage hands to the next."""
+    """A recipe on its way: where its finished stages lie, and who hears of them."""
 
     recipe: Recipe
-    folder: Path
-    progress: Progress
-    stages: Sequence[str] = tuple(STAGES)
-    metrics: list[Metric] = field(default_factory=list)
-    source: dict[str, Any] = field(default_factory=dict)
+    work: Work
 
-    def stage(self, name: str) -> None:
-        """Announce that stage `name` begins."""
-        self.progress(f"[{self.stages.index(name) + 1}/{len(self.stages)}] {name}")
-
-    def say(self, line: str) -> None:
-        """Report a line of detail."""
-        self.progress(f"      {line}")
+    @property
+    def target(self) -> ModuleType:
+        """The module of the runtime format."""
+        return find("targets", self.recipe.target)
 
 
 def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Bundle:
-    """Build the bundle `recipe` describes at `out` and return it, verified.
+    """Build the bundle `recipe` describes at `out` and return it, verified. Keeps nothing else.
 
     Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`.
     """
+    _check_out(out, recipe, force, MANIFEST)
+    with _scratch(out) as scratch:
+        run = Run(recipe, Work(scratch / "run", tuple(STAGES), progress))
+        return _pack(run, _build(run), out, scratch)
+
+
+def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silent) -> Bundle:
+    """As `ship`, to `recipe.out`, but keep every finished stage below `runs`/<name>: what is there is not done again.
+
+    A changed option redoes what depends on it; other versions of the libraries redo everything. A bundle that is
+    already up to date is verified and returned as it is.
+    """
+    out = Path(recipe.out or f"bundles/{recipe.label}")
+    _check_out(out, recipe, True, MANIFEST)
+    work = Work(runs / recipe.label, tuple(STAGES), progress)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    made = work.folder / "bundle.json"
+    with _scratch(out) as scratch:
+        built = _build(Run(recipe, work))
+        inputs = digest_of([published(recipe).model_dump(mode="json"), built.digests])
+        if out.exists():
+            known = read_json(made) if made.is_file() else {}
+            bundle = Bundle.open(out)
+            if known == {"inputs": inputs, "bundle": bundle.digest}:
+                progress(f"nothing to do: {out} is up to date")
+                return bundle
+            if known.get("bundle") != bundle.digest:
+                raise UsageError(f"{out} holds another bundle, not made by this run", hint="move it, or change `out`")
+        bundle = _pack(Run(recipe, work), built, out, scratch)
+        write_json(made, {"inputs": inputs, "bundle": bundle.digest})
+    return bundle
+
+
+def _check_out(out: Path, recipe: Recipe, force: bool, mark: str) -> None:
+    """Raise unless `out` may be written: free, or, with `force`, an earlier result of ours (it holds `mark`)."""
+    source = Path(recipe.source).expanduser().resolve()
+    if source.exists() and out.resolve() in (source, *source.parents):
+        raise UsageError(f"{out} holds the source {recipe.source}", hint="choose another --out")
     if out.exists() and not force:
         raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _work_folder(out) as work:
-        run = Run(recipe, work, progress)
-        content = _build(run)
-        bundle = pack(content, _manifest(run, out.name))
-        _replace(bundle.folder, out)
-    return Bundle.open(out)
+    if out.exists() and not (out / mark).is_file():
+        raise UsageError(f"{out} was not made by lightship (it has no {mark}), so it is not replaced",
+                         hint="choose another --out, or remove it yourself")  # fmt: skip
 
 
 @contextlib.contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
+def _scratch(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` (so that the final rename is atomic), removed whatever happens."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield work
@@ -106,211 +133,247 @@ def _work_folder(out: Path) -> Iterator[Path]:
 
 
 def _replace(finished: Path, out: Path) -> None:
-    """Move the finished folder to `out`; an old one there is set aside first, and removed only when the new stands."""
+    """Move the finished folder to `out`. An old one there is set aside first, and put back if anything interferes."""
     old = finished.parent / "replaced"
-    if out.exists():
-        os.rename(out, old)
-    os.rename(finished, out)
+    try:
+        if out.exists():
+            os.rename(out, old)
+        os.rename(finished, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Token sequences: `gate` one long run, `score` held-out passages, `calibrate` for data-aware steps."""
+class Gated:
+    """A runtime folder that passed every gate, and what it came from."""
 
-    gate: tuple[int, ...]
-    score: Passages
-    calibrate: tuple[tuple[int, ...], ...]
-    describe: dict[str, Any]
+    checkpoint: Checkpoint
+    texts: Texts
+    original: Stage
+    runtime: Stage
+    gates: tuple[Stage, ...]
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """What the gates measured."""
+        return [metric for stage in self.gates for metric in _metrics(stage)]
 
 
-def _build(run: Run) -> Path:
-    runtime, checkpoint, texts, gate = _gated(run)
-    _evaluate(run, find("targets", run.recipe.target), checkpoint, runtime, texts)
-    return _content(run, runtime, checkpoint, gate, texts)
+@dataclass(frozen=True)
+class Built:
+    """Everything a bundle is packed from."""
+
+    gated: Gated
+    evaluated: Stage
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Of the gates and of the evaluation."""
+        return self.gated.metrics + _metrics(self.evaluated)
+
+    def check(self, limit: float) -> None:
+        """Raise `LimitExceeded` when the divergence on the scored text is above `limit`, as the gates do on theirs."""
+        kld = next(metric for metric in _metrics(self.evaluated) if metric.name == "kld")
+        if not kld.value <= limit:
+            raise LimitExceeded(
+                f"evaluate: mean KLD {kld.value:.3g} on the scored text exceeds {limit:g}; nothing is shipped",
+                hint=f'raise the precision, or accept it on purpose: --accept "kld<={parity.above(kld.value)}"',
+            )
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the stages that decide what is in the bundle."""
+        return [self.gated.original.digest, self.gated.runtime.digest, self.evaluated.digest]
 
 
-def _gated(run: Run) -> tuple[Path, Checkpoint, Texts, Reference]:
+def _metrics(stage: Stage) -> list[Metric]:
+    return [Metric(**entry) for entry in stage.result["metrics"]]
+
+
+def _kept(metrics: Sequence[Metric]) -> dict[str, Any]:
+    return {"metrics": [asdict(metric) for metric in metrics]}
+
+
+def _build(run: Run) -> Built:
+    gated = _gated(run)
+    runtime = gated.runtime.folder / "runtime"
+    built = Built(gated, _evaluate(run, gated.checkpoint, runtime, gated.texts, gated.runtime.digest))
+    built.check(run.recipe.kld_limit())
+    return built
+
+
+def _gated(run: Run) -> Gated:
     """From the source to a runtime folder that passed every gate."""
-    target = find("targets", run.recipe.target)
     checkpoint, texts = _read(run)
-    gate = _original(run, checkpoint, texts)
-    exported = _export(run, target, checkpoint, gate)
-    runtime = _quantise(run, target, exported, texts)
-    _gate_candidate(run, target, runtime, gate)
-    return runtime, checkpoint, texts, gate
+    original = _original(run, checkpoint, texts)
+    gate = divergence.reopen(original.folder)
+    exported = _export(run, checkpoint)
+    gates = [_gate_export(run, checkpoint, exported, original, gate)]
+    runtime = _quantise(run, exported, texts)
+    gates += [_gate_candidate(run, runtime, original, gate), _gate_served(run, runtime, original, gate)]
+    return Gated(checkpoint, texts, original, runtime, tuple(gates))
 
 
 def _read(run: Run) -> tuple[Checkpoint, Texts]:
-    """The checkpoint, and the tokens to gate, score and calibrate with."""
-    run.stage("read")
-    checkpoint = read(run.recipe.source, run.folder / "source", revision=run.recipe.revision, log=run.say)
-    run.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
-    return checkpoint, _texts(run, checkpoint)
-
-
-def tokeniser(checkpoint: Checkpoint) -> tuple[Encode, int | None]:
-    """Text → token ids without special tokens, from `tokenizer.json`; and the id it begins a text with, if any."""
-    from tokenizers import Tokenizer
-
-    path = checkpoint.folder / "tokenizer.json"
-    if not path.is_file():
-        raise SourceError(f"{checkpoint.folder} has no tokenizer.json", hint="save a fast tokenizer with the model")
-    tokenizer = Tokenizer.from_file(str(path))
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    whole, plain = tokenizer.encode("a").ids, encode("a")
-    return encode, whole[0] if whole[:1] != plain[:1] else None
-
-
-def _texts(run: Run, checkpoint: Checkpoint) -> Texts:
-    """Cut gate, scoring and calibration tokens; calibration documents are never scored."""
-    encode, start = tokeniser(checkpoint)
-    if run.recipe.golden is not None:
-        golden.read_cases(Path(run.recipe.golden))  # a mistake in it is better known now than after the work
-    text = calibration_text(run.recipe.text, load_template(checkpoint.folder))
-    context = checkpoint.context_length
-    length = min(EVALUATION_CHUNK, context)
-    score = scoring_set(text, encode, length, EVALUATION_CHUNKS[run.recipe.evaluate], start=start)
-    gate = scoring_set(default_text(), encode, min(parity.LONG, context), 1, start=start).sequences[0]
-    calibrate = calibration_set(text, encode, length, 32, start=start) if run.recipe.precision.name == "int4" else None
-    describe = {
-        "name": score.name,
-        "default_only": text.default,
-        "scoring_sha256": score.digest,
-        "calibration_sha256": calibrate.digest if calibrate else None,
-        "tokens": length * len(score.sequences),
-    }
-    return Texts(gate, score, calibrate.sequences if calibrate else (), describe)
-
-
-def calibration_text(path: str | None, template: ChatTemplate | None) -> Text:
-    """The default text, or the user's file read through the model's chat template."""
-    if path is None:
-        return default_text()
-
-    def render(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-        if template is None:
-            raise UsageError(f"{path} is a chat, and the model has no chat template", hint="give a plain text file")
-        return render_with(template.render)(messages)
-
-    return read_text(Path(path), render)
-
-
-def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Reference:
-    """Record the original's log-probabilities on the gate's rows, then free it."""
-    run.stage("original")
-    original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-    batches = parity.gate_batches(texts.gate, checkpoint.context_length, original.greedy)
-    return divergence.record(original, batches, run.folder / "reference-gate")
-
-
-def _export(run: Run, target: ModuleType, checkpoint: Checkpoint, gate: Reference) -> Path:
-    """Export at the dtype that the precision asks for, and compare with the original, computed exactly."""
-    run.stage("export")
-    name = run.recipe.precision.name
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(name)
-    folder = run.folder / "exported"
-    target.export(checkpoint, folder, dtype)
-    run.stage("gate export")
-    limit = KLD_LIMITS["bf16" if name == "bf16" and checkpoint.dtype != "bfloat16" else "fp32"]
-    found = parity.parity(gate, target.open_scorer(folder, EXACT))
-    _tell(run, found, limit)
-    parity.check_parity(found, limit if name != "bf16" else max(limit, run.recipe.kld_limit()), "gate export")
-    run.metrics += parity.parity_metrics(found, "export_")
-    gc.collect()
-    return folder
-
-
-def _tell(run: Run, found: parity.Parity, limit: float) -> None:
-    for line in found.lines():
-        run.say(line)
-    run.say(f"limit on mean KLD {limit:g}")
-
-
-def _quantise(run: Run, target: ModuleType, exported: Path, texts: Texts) -> Path:
-    run.stage("quantise")
-    precision = run.recipe.precision
-    folder = exported
-    if precision.name in ("int8", "int4"):
-        folder = run.folder / "quantised"
-        target.quantise(exported, folder, precision, texts.calibrate)
-        shutil.rmtree(exported)
+    """The checkpoint, and the tokens to gate, score and calibrate with. Only a file is converted, and so kept."""
+    recipe = run.recipe
+    file = converted_file(recipe.source)
+    if file is None:
+        run.work.announce("read")
+        checkpoint = read(recipe.source, run.work.folder, revision=recipe.revision, log=run.work.say)
     else:
-        run.say(f"{precision.name}: nothing to do")
-    target.finish(folder, precision)
-    return folder
+        depends = {"sha256": sha256(file)}
+        made = run.work.stage("read", depends, lambda folder: _convert(run, folder / "model"))
+        checkpoint = Checkpoint(made.folder / "model")
+    run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
+    return checkpoint, cut(recipe, checkpoint)
 
 
-def _gate_candidate(run: Run, target: ModuleType, runtime: Path, gate: Reference) -> None:
-    """Gate the finished folder as it will be served: the graph in one pass, then the continuous-batching path."""
-    run.stage("gate")
-    limit = run.recipe.kld_limit()
-    found = parity.parity(gate, target.open_scorer(runtime))
-    _tell(run, found, limit)
-    parity.check_parity(found, limit, "gate")
-    run.metrics += parity.parity_metrics(found)
-    run.stage("served path")
-    engine = target.open(runtime, EngineSettings(prefix_cache=False))
-    index = next(i for i, batch in enumerate(gate.batches) if batch.name == "long")
-    tokens = gate.batches[index].ids[0]
-    rows = [gate.rows(index, block) for block in range(-(-len(tokens) // divergence.BLOCK))]
-    original = np.concatenate(rows)[np.arange(len(tokens) - 1), tokens[1:]]
-    metric = parity.check_served(original, engine.prompt_logprobs(tokens.tolist()), limit)
-    engine.close()
-    run.say(f"mean |Δ log p| {metric.value:.2e} over {metric.n} tokens")
-    run.metrics.append(metric)
+def _convert(run: Run, folder: Path) -> None:
+    read(run.recipe.source, folder, log=run.work.say)
 
 
-def _evaluate(run: Run, target: ModuleType, checkpoint: Checkpoint, runtime: Path, texts: Texts) -> None:
-    """Quality on held-out text; then speed and memory of original and candidate, a fresh process each."""
-    run.stage("evaluate")
-    run.metrics += _quality(run, target, checkpoint, runtime, texts.score)
-    repeats = SPEED_REPEATS[run.recipe.evaluate]
-    original = memory.probe("pytorch", checkpoint.folder, **repeats)
-    candidate = memory.probe(run.recipe.target, runtime, **repeats)
-    run.metrics += memory.paired(original, candidate)
-    run.metrics.append(memory.size_metric(runtime, memory.artefact_bytes(checkpoint.folder)))
-    if run.recipe.golden is not None:
-        run.metrics += _golden_cases(run, Path(run.recipe.golden), checkpoint, target, runtime)
+def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
+    """Record the original's log-probabilities on the gate's rows, then free it."""
+
+    def make(folder: Path) -> None:
+        original = find("targets", "pytorch").open_scorer(checkpoint.folder)
+        batches = parity.gate_batches(texts.gate, checkpoint.context_length, original.greedy)
+        divergence.record(original, batches, folder)
+
+    return run.work.stage("original", {"checkpoint": checkpoint.digest(), "tokens": digest_of(texts.gate)}, make)
 
 
-def _quality(run: Run, target: ModuleType, checkpoint: Checkpoint, runtime: Path, score: Passages) -> list[Metric]:
-    """Both models on the held-out passages, one after the other: they are never in memory together."""
-    original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-    scoring = divergence.record(original, divergence.passage_batches(score), run.folder / "reference-text")
-    del original
+def _export(run: Run, checkpoint: Checkpoint) -> Stage:
+    """Export at the dtype that the precision asks for."""
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(run.recipe.precision.name)
+    depends = {"checkpoint": checkpoint.digest(), "target": run.recipe.target, "dtype": dtype}
+    return run.work.stage("export", depends, lambda folder: run.target.export(checkpoint, folder / "runtime", dtype))
+
+
+def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: Stage, gate: Reference) -> Stage:
+    """Compare the export with the original, both computed exactly."""
+    name = run.recipe.precision.name
+    rounded = name == "bf16" and checkpoint.dtype != "bfloat16"
+    limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], parse_accepts(run.recipe.accept).get("kld", 0.0))
+
+    def make(folder: Path) -> dict[str, Any]:
+        found = parity.parity(gate, run.target.open_scorer(exported.folder / "runtime", EXACT))
+        return _judged(run, found, limit, "gate export", "export_")
+
+    depends = {"export": exported.digest, "original": original.digest, "limit": limit}
+    return run.work.stage("gate export", depends, make)
+
+
+def _judged(run: Run, found: parity.Parity, limit: float, stage: str, prefix: str = "") -> dict[str, Any]:
+    """Tell the figures; raise when they are above the limit."""
+    for line in found.lines():
+        run.work.say(line)
+    run.work.say(f"limit on mean KLD {limit:g}")
+    parity.check_parity(found, limit, stage)
     gc.collect()
-    found = divergence.compare(scoring, target.open_scorer(runtime))
+    return _kept(parity.parity_metrics(found, prefix))
+
+
+def _quantise(run: Run, exported: Stage, texts: Texts) -> Stage:
+    """The runtime folder at the precision asked for, as it will be served."""
+    precision = run.recipe.precision
+
+    def make(folder: Path) -> None:
+        if precision.name in ("int8", "int4"):
+            run.target.quantise(exported.folder / "runtime", folder / "runtime", precision, texts.calibrate)
+        else:
+            run.work.say(f"{precision.name}: nothing to do")
+            shutil.copytree(exported.folder / "runtime", folder / "runtime")
+        run.target.finish(folder / "runtime", precision)
+
+    depends = {"export": exported.digest, "precision": precision.model_dump(mode="json"),
+               "calibration": digest_of(texts.calibrate)}  # fmt: skip
+    return run.work.stage("quantise", depends, make)
+
+
+def _gate_candidate(run: Run, runtime: Stage, original: Stage, gate: Reference) -> Stage:
+    """Gate the finished folder at the precisions at which it is served, the graph in one pass."""
+    limit = run.recipe.kld_limit()
+
+    def make(folder: Path) -> dict[str, Any]:
+        return _judged(run, parity.parity(gate, run.target.open_scorer(runtime.folder / "runtime")), limit, "gate")
+
+    depends = {"runtime": runtime.digest, "original": original.digest, "limit": limit}
+    return run.work.stage("gate", depends, make)
+
+
+def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> Stage:
+    """Gate the path that serves, continuous batching over a paged cache."""
+    limit = run.recipe.kld_limit()
+
+    def make(folder: Path) -> dict[str, Any]:
+        engine = run.target.open(runtime.folder / "runtime", EngineSettings(prefix_cache=False))
+        tokens, expected = parity.long_row(gate)
+        metric = parity.check_served(expected, engine.prompt_logprobs(tokens), limit)
+        engine.close()
+        run.work.say(f"mean |Δ log p| {metric.value:.2e} over {metric.n} tokens")
+        return _kept([metric])
+
+    depends = {"runtime": runtime.digest, "original": original.digest, "limit": limit}
+    return run.work.stage("served path", depends, make)
+
+
+def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, digest: str) -> Stage:
+    """Quality on held-out text; then speed and memory of original and candidate, a fresh process each."""
+    recipe = run.recipe
+
+    def make(folder: Path) -> dict[str, Any]:
+        metrics = _quality(run, checkpoint, runtime, texts.score)
+        repeats = SPEED_REPEATS[recipe.evaluate]
+        original = memory.probe("pytorch", checkpoint.folder, **repeats)
+        candidate = memory.probe(recipe.target, runtime, **repeats)
+        metrics += memory.paired(original, candidate)
+        metrics.append(memory.size_metric(runtime, checkpoint.size_bytes))
+        if recipe.golden is not None:
+            metrics += _golden_cases(run, Path(recipe.golden), checkpoint, runtime)
+        return _kept(metrics)
+
+    depends = {"runtime": digest, "checkpoint": checkpoint.digest(), "text": texts.score.digest, "machine": machine(),
+               "level": recipe.evaluate, "golden": recipe.golden and sha256(Path(recipe.golden))}  # fmt: skip
+    return run.work.stage("evaluate", depends, make)
+
+
+def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, score: Passages) -> list[Metric]:
+    """Both models on the held-out passages, one after the other: they are never in memory together."""
+    with tempfile.TemporaryDirectory(dir=run.work.folder, prefix=".reference-") as folder:
+        original = find("targets", "pytorch").open_scorer(checkpoint.folder)
+        scoring = divergence.record(original, divergence.passage_batches(score), Path(folder))
+        del original
+        gc.collect()
+        found = divergence.compare(scoring, run.target.open_scorer(runtime))
     gc.collect()
     return perplexity.quality(found, score.bytes_per_token * score.scored)
 
 
-def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, target: ModuleType, runtime: Path) -> list[Metric]:
+def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -> list[Metric]:
     """Answer the golden cases with original and candidate, greedily, and compare case by case."""
     cases = golden.read_cases(path)
     answers = []
     for opened in (find("targets", "pytorch").open(checkpoint.folder, EngineSettings()),
-                   target.open(runtime, EngineSettings(prefix_cache=False))):  # fmt: skip
+                   run.target.open(runtime, EngineSettings(prefix_cache=False))):  # fmt: skip
         answers.append(golden.run(cases, answerer(opened, checkpoint)))
         opened.close()
         gc.collect()
     result = golden.compare(cases, *answers)
     for outcome in result.lost:
-        run.say(f"golden case {outcome.case.id} lost: {outcome.candidate[:80]!r}")
+        run.work.say(f"golden case {outcome.case.id} lost: {outcome.candidate[:80]!r}")
     return result.metrics()
 
 
 def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
     """A function that answers a prompt or messages greedily with `engine`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(checkpoint.folder)
     template = load_template(checkpoint.folder)
 
     def generate(prompt: str | Sequence[dict[str, Any]], max_tokens: int) -> str:
@@ -324,6 +387,8 @@ def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
         found: list[int] = []
         while engine.busy():
             for event in engine.step():
+                if event.error:
+                    raise EngineError(f"a golden case could not be answered: {event.error}")
                 found.extend(event.token_ids)
         return str(tokenizer.decode(found))
 
@@ -333,70 +398,100 @@ def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
 # ── Packing ─────────────────────────────────────────────────────────────────
 
 
-def _content(run: Run, runtime: Path, checkpoint: Checkpoint, gate: Reference, texts: Texts) -> Path:
+def _pack(run: Run, built: Built, out: Path, scratch: Path) -> Bundle:
+    """Seal the bundle beside `out`, then let it appear under its name in one rename."""
+    run.work.announce("pack")
+    bundle = pack(_content(run, built, scratch / "content"), _manifest(run, built, out.name))
+    _replace(bundle.folder, out)
+    return Bundle.open(out)
+
+
+def _content(run: Run, built: Built, content: Path) -> Path:
     """Lay out everything that goes into the bundle but its manifest."""
-    run.stage("pack")
-    content = run.folder / "content"
-    (content / "targets").mkdir(parents=True)
-    shutil.move(runtime, content / "targets" / run.recipe.target)
-    replay.write(gate, content / "golden")
-    report = Report(tuple(run.metrics), _meta(run, checkpoint, texts))
+    shutil.copytree(built.gated.runtime.folder / "runtime", content / "targets" / run.recipe.target)
+    replay.write(divergence.reopen(built.gated.original.folder), content / "golden")
+    metrics = _limited(built.metrics, run.recipe.kld_limit())
+    report = Report(metrics, _meta(run, built.gated.checkpoint, built.gated.texts, metrics))
     (content / "report.json").write_text(report.to_json(), encoding="utf-8")
     (content / "report.md").write_text(report.to_markdown(), encoding="utf-8")
     (content / "report.html").write_text(report.to_html(), encoding="utf-8")
     (content / "recipe.json").write_text(published(run.recipe).model_dump_json(indent=1) + "\n", encoding="utf-8")
-    run.source = {
-        "name": published(run.recipe).source,
-        "revision": run.recipe.revision,
-        "digest": checkpoint.digest(),
-        "dtype": checkpoint.dtype,
-        "precision_history": [entry.get("precision") for entry in checkpoint.lineage if entry.get("precision")],
-        "lineage": checkpoint.lineage,
-    }
     return content
+
+
+def _limited(metrics: Sequence[Metric], limit: float) -> tuple[Metric, ...]:
+    """The divergences with the limit that they must keep."""
+    return tuple(replace(metric, limit=limit) if metric.name in ("kld", "gate_kld") else metric for metric in metrics)
 
 
 def published(recipe: Recipe) -> Recipe:
     """`recipe` without paths of this machine: a bundle travels."""
-    paths = {name: value and Path(value).name for name, value in (("text", recipe.text), ("golden", recipe.golden))}
+    paths = {
+        name: value and Path(value).name for name in ("text", "golden", "out") for value in [getattr(recipe, name)]
+    }
     local = Path(recipe.source).expanduser().exists()
     return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
 
 
-def _verdict(run: Run, texts: Texts) -> str:
-    by_name = {metric.name: metric for metric in run.metrics}
+def _verdict(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[Metric]) -> str:
+    by_name = {metric.name: metric for metric in metrics}
 
     def ratio(name: str) -> float:
         return by_name[name].ratio() or float("nan")
 
     kld, limit = by_name["kld"], run.recipe.kld_limit()
+    kept = "limit" if kld.value <= limit else "ABOVE ITS LIMIT"
     text = "scored on default text only (give --text for yours)" if texts.describe["default_only"] else "on your text"
     return (
-        f"{run.recipe.precision.name}: {1 / ratio('size'):.1f}× smaller, decode {ratio('decode'):.1f}× and prefill "
-        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} (limit {limit:g}), "
+        f"{run.recipe.precision.name}: {1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
+        f"decode {ratio('decode'):.1f}× and prefill "
+        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} ({kept} {limit:g}), "
         f"top-1 {by_name['top1'].value:.1%}; {text}"
     )
 
 
-def _meta(run: Run, checkpoint: Checkpoint, texts: Texts) -> dict[str, Any]:
+def _history(checkpoint: Checkpoint) -> list[Any]:
+    return [entry["precision"] for entry in checkpoint.lineage if entry.get("precision")]
+
+
+def _origin(run: Run, checkpoint: Checkpoint) -> str:
+    """Where the original comes from, and what it was before: a quantised file is unpacked, which restores nothing."""
+    said = f"{published(run.recipe).source}, {checkpoint.size_bytes / 1e6:.0f} MB of {checkpoint.dtype}"
+    for entry in checkpoint.lineage:
+        if entry.get("precision"):
+            types = ", ".join(f"{count} {name}" for name, count in entry["precision"].items())
+            said += f", unpacked from {entry['source']} ({entry['bytes'] / 1e6:.0f} MB; tensors: {types})"
+    return said
+
+
+def _meta(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
         "title": f"{Path(run.recipe.source).name} → {run.recipe.precision.name}",
-        "verdict": _verdict(run, texts),
+        "verdict": _verdict(run, checkpoint, texts, metrics),
+        "source": _origin(run, checkpoint),
         "precision": run.recipe.precision.model_dump(),
         "limit_kld": run.recipe.kld_limit(),
         "accepted": list(run.recipe.accept),
         "text": texts.describe,
         "machine": machine(),
         "versions": versions(),
-        "precision_history": [entry.get("precision") for entry in checkpoint.lineage if entry.get("precision")],
+        "precision_history": _history(checkpoint),
     }
 
 
-def _manifest(run: Run, name: str) -> dict[str, Any]:
+def _manifest(run: Run, built: Built, name: str) -> dict[str, Any]:
+    checkpoint = built.gated.checkpoint
     return {
         "name": name,
         "targets": [run.recipe.target],
-        "source": run.source,
+        "source": {
+            "name": published(run.recipe).source,
+            "revision": checkpoint.revision,
+            "digest": checkpoint.digest(),
+            "dtype": checkpoint.dtype,
+            "precision_history": _history(checkpoint),
+            "lineage": checkpoint.lineage,
+        },
         "recipe": published(run.recipe).model_dump(mode="json"),
         "versions": versions(),
         "machine": machine(),
@@ -423,11 +518,18 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
     measured = [kld, *memory.probe(target, runtime, repeats=repeats)]
     metrics = [replace(m, baseline=shipped[m.name].value if m.name in shipped else m.baseline) for m in measured]
     limit = float(bundle.report.meta["limit_kld"])
+    metrics[0] = replace(metrics[0], limit=limit)
     if not kld.value <= limit:
         raise LimitExceeded(f"on this machine mean KLD is {kld.value:.3g}, above the bundle's limit {limit:g}",
                             hint="its settings or libraries differ from where it was shipped")  # fmt: skip
-    meta = {"title": f"{bundle.name} on this machine", "bundle": bundle.digest, "machine": machine(),
-            "versions": versions(), "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})"}  # fmt: skip
+    meta = {
+        "title": f"{bundle.name} on this machine",
+        "baseline": "as shipped",
+        "bundle": bundle.digest,
+        "machine": machine(),
+        "versions": versions(),
+        "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})",
+    }
     return Report(tuple(metrics), meta)
 
 
@@ -436,26 +538,36 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 
 def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Path:
     """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _work_folder(out) as work:
-        run = Run(recipe, work, progress, CONVERT)
-        runtime, *_ = _gated(run)
-        _replace(runtime, out)
+    _check_out(out, recipe, force, "engine.json")
+    with _scratch(out) as scratch:
+        gated = _gated(Run(recipe, Work(scratch / "run", CONVERT, progress)))
+        _replace(gated.runtime.folder / "runtime", out)
     return out
 
 
-def evaluate(bundle: Path, source: str, text: str | None = None, level: str = "quick",
-             progress: Progress = silent) -> Report:  # fmt: skip
-    """Measure the bundle against the original named by `source`, on `text`. Writes nothing into the bundle."""
+def evaluate(
+    bundle: Path,
+    source: str,
+    *,
+    text: str | None = None,
+    golden: str | None = None,
+    level: str = "quick",
+    progress: Progress = silent,
+) -> Report:
+    """Measure the bundle against the original named by `source`, on `text` and on the cases in `golden`.
+
+    Writes nothing into the bundle. What is above its limit is marked, not raised.
+    """
     opened = Bundle.open(bundle)
     recipe = Recipe.model_validate(
-        {**opened.manifest["recipe"], "source": source, "text": text, "golden": None, "evaluate": level}
+        {**opened.manifest["recipe"], "source": source, "text": text, "golden": golden, "evaluate": level}
     )
-    with tempfile.TemporaryDirectory(prefix="lightship-") as work:
-        run = Run(recipe, Path(work), progress, ("read", "evaluate"))
+    with tempfile.TemporaryDirectory(prefix="lightship-") as folder:
+        run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
         checkpoint, texts = _read(run)
-        target = find("targets", opened.targets[0])
-        _evaluate(run, target, checkpoint, opened.target_folder(opened.targets[0]), texts)
-        return Report(tuple(run.metrics), _meta(run, checkpoint, texts))
+        runtime = opened.target_folder(recipe.target)
+        metrics = _limited(_metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest)), recipe.kld_limit())
+        meta = _meta(run, checkpoint, texts, metrics)
+        if checkpoint.digest() != opened.manifest["source"]["digest"]:
+            meta["verdict"] += f"; {source} is not the model this bundle was made from"
+        return Report(metrics, meta)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lightship.errors import UsageError
+from lightship.errors import UnsupportedError, UsageError
 
+VERSION: Literal[1] = 1
+SIZE_LIMIT = 2**20  # bytes of a recipe file
 PrecisionName = Literal["fp32", "bf16", "int8", "int4"]
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "int8", "int4")
 # Mean KL divergence (nats per token) from the original that a candidate may reach before the run stops.
 KLD_LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "int8": 2e-2, "int4": 0.15}
+
+
+INT4_ONLY = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
 
 
 class _Data(BaseModel):
@@ -30,11 +38,27 @@ class Precision(_Data):
     scale_estimation: bool = Field(True, description="scales that minimise the layer's output error")
     gptq: bool = Field(False, description="error-compensated rounding (Frantar et al. 2022, arXiv:2210.17323)")
 
+    @property
+    def data_aware(self) -> bool:
+        """Whether quantising needs a calibration set."""
+        return self.name == "int4" and (self.awq or self.scale_estimation or self.gptq)
+
+    @model_validator(mode="after")
+    def _only_where_it_matters(self) -> Precision:
+        fields = type(self).model_fields
+        idle = [name for name in INT4_ONLY if getattr(self, name) != fields[name].default]
+        if self.name != "int4" and idle:
+            raise ValueError(f"{', '.join(idle)} changes nothing at {self.name}: it is for int4")
+        return self
+
 
 class Recipe(_Data):
     """One ship run. `accept` replaces the default limits on purpose and is recorded in the report."""
 
-    source: str
+    version: Literal[1] = VERSION
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$", description="of the run; default SOURCE-PRECISION")
+    out: str | None = Field(None, description="where `run` puts the bundle; default bundles/NAME")
+    source: str = Field(description="a folder, a .gguf file, a hub id, or `demo`")
     revision: str | None = None
     target: str = "openvino"
     precision: Precision = Precision()
@@ -48,6 +72,12 @@ class Recipe(_Data):
     def _readable(cls, accept: tuple[str, ...]) -> tuple[str, ...]:
         parse_accepts(accept)
         return accept
+
+    @property
+    def label(self) -> str:
+        """The run's name."""
+        source = Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
+        return self.name or f"{source}-{self.precision.name}"
 
     def kld_limit(self) -> float:
         """The limit on mean KLD, an accepted one before the default."""
@@ -66,3 +96,85 @@ def parse_accepts(accepts: tuple[str, ...]) -> dict[str, float]:
         if not separator or name.strip() != "kld" or not 0 < limits[name.strip()] < float("inf"):
             raise UsageError(f"cannot read the limit {text!r}", hint='write for example --accept "kld<=0.3"')
     return limits
+
+
+# ── Files ───────────────────────────────────────────────────────────────────
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and no key twice: YAML would let the last one win in silence."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    pairs = [(loader.construct_object(key), loader.construct_object(value, deep=True)) for key, value in node.value]
+    names = [str(key) for key, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+    return dict(pairs)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Paths in it are taken from the current folder, as on the command line.
+
+    Raises `UsageError` naming the key at fault and the nearest known one, `UnsupportedError` for a newer version.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(SIZE_LIMIT + 1)
+        if len(raw) > SIZE_LIMIT:
+            raise UsageError(f"{path} is larger than {SIZE_LIMIT} bytes; a recipe is a page of text")
+        data = yaml.load(raw.decode("utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds {type(data).__name__}, expected keys and values", hint="see `lightship init`")
+    version = data.get("version", VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise UnsupportedError(f"{path} is a recipe of version {version}; this lightship reads up to {VERSION}",
+                               hint="upgrade lightship")  # fmt: skip
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first mistake of a recipe in one line: which key, what was received, and the nearest known key."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] != "extra_forbidden":
+        return f"{'.'.join(place)}: {first['msg']}, received {str(first['input'])[:80]!r}"
+    known = list((Precision if place[0] == "precision" else Recipe).model_fields)
+    near = difflib.get_close_matches(place[-1], known, 1)
+    advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"unknown key {'.'.join(place)!r}; {advice}"
+
+
+def commented(source: str) -> str:
+    """A recipe file for `source`: every key with its meaning and default, those that must not be left out set."""
+    lines = ["# A recipe of lightship: `lightship run` builds the bundle it describes. Uncomment what you change.", ""]
+    for name in Recipe.model_fields:
+        if name == "precision":
+            lines += ["precision:", *(f"  {line}" for line in _described(Precision, {"name": "int8"}))]
+        else:
+            lines += _described(Recipe, {"version": VERSION, "source": source}, only=name)
+    return "\n".join(lines) + "\n"
+
+
+def _described(model: type[_Data], given: dict[str, Any], only: str | None = None) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        if only not in (None, name):
+            continue
+        default = given.get(name, field.default)
+        value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+        comment = f"  # {field.description}" if field.description else ""
+        shown = value.removesuffix("\n...\n").strip()
+        lines.append(f"{'' if name in given else '# '}{name}: {shown}{comment}")
+    return lines

@@ -208,7 +208,18 @@ def _change(metric: Metric) -> str:
 def _cells(report: Report) -> list[list[str]]:
     """The before/after table; the limit has a column when there is one."""
     limited = any(metric.limit is not None for metric in report.metrics)
-    rows = [["measure", "original", "this", "ratio or Δ", "unit", "± s.e.", "n", *(["limit"] if limited else [])]]
+    rows = [
+        [
+            "measure",
+            str(report.meta.get("baseline", "original")),
+            "this",
+            "ratio or Δ",
+            "unit",
+            "± s.e.",
+            "n",
+            *(["limit"] if limited else []),
+        ]
+    ]
     for metric in report.metrics:
         row = [metric.name, figure(metric.baseline), figure(metric.value), _change(metric), metric.unit,
                figure(metric.stderr), str(metric.n)]  # fmt: skip

@@ -8,12 +8,25 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lightship.errors import RequestError
+from lightship.checkpoint import read_json
+from lightship.errors import RequestError, SourceError
 
 LIMIT = 1_000_000  # characters a rendered prompt may have
+
+
+class Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`, with which transformers marks the assistant's words: kept as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  (as the base class declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -21,7 +34,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: dict[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _refuse
@@ -49,7 +62,7 @@ def _refuse(message: str) -> NoReturn:
 def load_template(folder: Path) -> ChatTemplate | None:
     """The chat template of a folder, None where it has none."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     source = config.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -59,4 +72,7 @@ def load_template(folder: Path) -> ChatTemplate | None:
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = config.get(name)
         special[name] = token.get("content", "") if isinstance(token, dict) else (token or "")
-    return ChatTemplate(source, special)
+    try:
+        return ChatTemplate(source, special)
+    except TemplateError as error:
+        raise SourceError(f"the chat template of {folder} is no valid Jinja: {error}") from error

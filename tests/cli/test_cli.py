@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -10,9 +11,10 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
-from lightship.bundle import Bundle
+from lightship.bundle import Bundle, pack
 
 COMMAND = [sys.executable, "-m", "lightship"]
 
@@ -87,6 +89,18 @@ def pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
 
 
+def broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def broken_tokenizer_config(folder):
+    (folder / "tokenizer_config.json").write_text("{")
+
+
+def broken_template(folder):
+    (folder / "chat_template.jinja").write_text("{% for %}")
+
+
 def broken_config(folder):
     (folder / "config.json").write_text("{")
 
@@ -110,6 +124,9 @@ def not_finite(folder):
         (own_code, "runs no code from a model"),
         (pickled, "pickled weights"),
         (broken_config, "not valid JSON"),
+        (broken_tokenizer, "tokenizer.json cannot be read"),
+        (broken_tokenizer_config, "tokenizer_config.json is not valid JSON"),
+        (broken_template, "no valid Jinja"),
         (not_finite, "the original model itself computes NaN"),
     ],
 )
@@ -129,6 +146,8 @@ def test_a_cut_gguf(tmp_path):
     [
         (("ship", "x", "--accept", "kld<0.3"), "cannot read the limit"),
         (("ship", "x", "--group-size", "7", "-p", "int4"), "group_size"),
+        (("ship", "x", "--group-size", "32"), "changes nothing at int8"),
+        (("ship", "demo", "--revision", "v1"), "has no revisions"),
         (("show", "/nowhere/at/all"), "/nowhere/at/all"),
         (("check", "/nowhere/at/all"), "/nowhere/at/all"),
         (("serve", "/nowhere/at/all", "--port", "0"), "/nowhere/at/all"),
@@ -163,6 +182,29 @@ def test_a_port_in_use(bundle_path):
         taken.listen()
         port = taken.getsockname()[1]
         refused("serve", bundle_path, "--port", port, says=f"port {port} on 127.0.0.1 is in use")
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(bundle_path, tmp_path):
+    """A graph that OpenVINO refuses behind a valid manifest: the server says so and ends."""
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle_path, broken)
+    manifest = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").unlink()
+    (broken / "targets" / "openvino" / "openvino_model.xml").write_text("<net/>")
+    pack(broken, {key: manifest[key] for key in manifest if key not in ("files", "format", "version")})
+    done = lightship("serve", broken, "--port", "0")
+    assert done.returncode == 2 and "the engine cannot be loaded" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_serve_says_where(bundle_path):
+    process = subprocess.Popen([*COMMAND, "serve", bundle_path, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    lines = [process.stderr.readline() for _ in range(2)]
+    url = re.search(r"http://127\.0\.0\.1:(\d+)", lines[1])
+    assert "is intact; loading" in lines[0] and url and int(url.group(1)) > 0
+    assert httpx.get(f"{url.group()}/readyz", trust_env=False).status_code == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    process.stderr.close()
 
 
 # ── Verbs on a real bundle ──────────────────────────────────────────────────

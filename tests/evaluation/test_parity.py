@@ -10,8 +10,7 @@ from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError, LimitExceeded
 from lightship.evaluation import divergence, parity
-from lightship.evaluation.text import scoring_set
-from lightship.pipeline import tokeniser
+from lightship.evaluation.text import scoring_set, tokeniser
 from lightship.recipe import KLD_LIMITS
 from lightship.targets import openvino, pytorch
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lightship.calibration import Document, Text, calibration_set
-from lightship.errors import LightshipError
-from lightship.evaluation.text import check_disjoint, scoring_set
+from lightship.evaluation.text import scoring_set
 
 TEXT = Text("t", tuple(Document(((f"document {i} " * 9, True),)) for i in range(50)))
 
@@ -24,8 +21,17 @@ def test_scoring_and_calibration_sets_come_from_different_documents() -> None:
     assert len(whole[0]) > 3 and len(whole[1]) > 20 and not whole[0] & whole[1]
 
 
-def test_an_overlap_is_refused() -> None:
-    calibration, scoring = TEXT.split()
-    check_disjoint(calibration, scoring)
-    with pytest.raises(LightshipError, match="1 documents of t"):
-        check_disjoint(Text("t", (scoring.documents[3],)), scoring)
+def test_a_conversation_that_grows_by_a_turn_is_on_one_side_only() -> None:
+    """Unrolled chats: each line holds the one before it. Their digests differ, their answers repeat."""
+    turns = [("question", False), ("a long answer that nobody gives twice by chance, number ", True)]
+    talks = []
+    for chat in range(40):
+        pieces = [(text + str(chat) if scored else text, scored) for text, scored in turns]
+        again = [("more", False), (f"and a second long answer in talk {chat}", True)]
+        talks += [Document(tuple(pieces)), Document((*pieces, *again))]
+    calibration, scoring = Text("t", tuple(talks)).split()
+    sides = (calibration, scoring)
+    answers = [{piece for document in side.documents for piece in document.answers()} for side in sides]
+    assert len(answers[0]) > 3 and not answers[0] & answers[1]
+    short = Text("t", tuple(Document((("why? " + str(i), False), ("Yes.", True))) for i in range(40))).split()
+    assert all(side.documents for side in short)  # a stock phrase moves nothing

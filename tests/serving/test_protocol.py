@@ -24,8 +24,9 @@ from lightship.errors import EngineDied
 from lightship.serving.app import BODY_LIMIT, create_app
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, url_of, wait_ready
-from lightship.serving.text import TextStream, load_tokenizer
+from lightship.serving.text import TextStream
 from lightship.serving.worker import Worker
+from lightship.tokenizer import load_tokenizer
 
 CONTEXT = 4_000_000
 

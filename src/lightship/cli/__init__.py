@@ -16,7 +16,7 @@ import click
 
 from lightship.errors import LightshipError
 
-VERBS = ("ship", "convert", "evaluate", "check", "serve", "chat", "show", "list", "demo")
+VERBS = ("ship", "init", "run", "convert", "evaluate", "check", "serve", "chat", "show", "list", "doctor", "demo")
 
 
 class Verbs(click.Group):
@@ -71,5 +71,8 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(error.exit_code)
     except OSError as error:
         click.echo(f"lightship: {error}", err=True)
+        sys.exit(2)
+    except MemoryError:
+        click.echo("lightship: out of memory\n  → a smaller model or precision, or a machine with more", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

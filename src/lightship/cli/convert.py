@@ -17,10 +17,10 @@ from lightship.cli.ship import default_out
 @build_options
 def command(source: str, out: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Convert SOURCE to a gated runtime folder."""
-    from lightship.pipeline import convert
+    from lightship.pipeline import CONVERT, STAGES, convert
 
     recipe = recipe_of(source, **given)
     folder = Path(out) if out else Path(f"{default_out(source, recipe.precision.name)}-{recipe.target}")
-    with stages() as progress:
+    with stages({name: STAGES[name] for name in CONVERT}) as progress:
         convert(recipe, folder, force=force, progress=progress)
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"runtime folder: {folder}")

@@ -9,16 +9,16 @@ import click
 from pydantic import ValidationError
 
 from lightship.errors import UsageError
-from lightship.recipe import PRECISIONS, Precision, Recipe
+from lightship.recipe import PRECISIONS, Precision, Recipe, explain
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of `ship` and `convert`: what to build and how to judge it."""
-    options: list[Decorator] = [
+    """The options of `ship` and `convert`: what to build and what its gates must keep."""
+    return _with(command, [
         click.argument("source"),
-        click.option("--out", "-o", type=click.Path(), help="Where the bundle goes (default: ./NAME-PRECISION)."),
+        click.option("--out", "-o", type=click.Path(), help="Where the result goes (default: a name in this folder)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
                      help="What it computes in; auto is the processor's fastest."),
@@ -29,13 +29,22 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--gptq/--no-gptq", default=False, show_default=True, help="int4: error-compensated rounding."),
         click.option("--all-layers", is_flag=True, help="int4: embedding and head in 4 bits too."),
         click.option("--accept", multiple=True, metavar='"kld<=X"', help="Replace the default limit, on the record."),
-        click.option("--evaluate", type=click.Choice(["quick", "full"]), default="quick", show_default=True),
-        click.option("--text", type=click.Path(), help="Score on this file: plain text, or chat JSONL."),
-        click.option("--golden", type=click.Path(), help="Golden cases (JSONL), run on original and candidate."),
+        click.option("--text", type=click.Path(), help="Calibrate and score on this file: plain text, or chat JSONL."),
         click.option("--revision", help="Revision of a hub model."),
-        click.option("--force", is_flag=True, help="Replace an existing bundle."),
+        click.option("--force", is_flag=True, help="Replace an earlier result."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    ]  # fmt: skip
+    ])  # fmt: skip
+
+
+def evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `ship` has beyond `convert`."""
+    return _with(command, [
+        click.option("--evaluate", type=click.Choice(["quick", "full"]), default="quick", show_default=True),
+        click.option("--golden", type=click.Path(), help="Golden cases (JSONL), run on original and candidate."),
+    ])  # fmt: skip
+
+
+def _with(command: Callable[..., Any], options: list[Decorator]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
@@ -48,12 +57,7 @@ def recipe_of(source: str, **given: Any) -> Recipe:
         return Recipe(
             source=source,
             precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
-            accept=given["accept"],
-            evaluate=given["evaluate"],
-            text=given["text"],
-            golden=given["golden"],
-            revision=given["revision"],
+            **{name: given[name] for name in ("accept", "text", "revision", "evaluate", "golden") if name in given},
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, received {first['input']!r}") from error
+        raise UsageError(explain(error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lightship.cli.display import stages
-from lightship.cli.options import build_options, recipe_of
+from lightship.cli.options import build_options, evaluation_options, recipe_of
 
 
 def default_out(source: str, precision: str) -> Path:
@@ -20,6 +20,7 @@ def default_out(source: str, precision: str) -> Path:
 
 @click.command()
 @build_options
+@evaluation_options
 def command(source: str, out: str | None, force: bool, as_json: bool, **given: Any) -> None:
     """Ship SOURCE (a folder, a .gguf file, a hub id, or `demo`) as a measured bundle."""
     from lightship.pipeline import STAGES, ship

@@ -129,7 +129,18 @@ def record(original: BlockScorer, batches: Iterable[Batch], folder: Path) -> Ref
                     hint="its weights are damaged or overflow in float32; check the source before converting it",
                 )
             np.save(folder / f"{index:03}-{block:04}.npy", rows)
+    for index, batch in enumerate(kept):
+        np.savez(folder / f"{index:03}.npz", name=batch.name, ids=batch.ids, mask=batch.mask, scored=batch.scored)
     return Reference(folder, kept)
+
+
+def reopen(folder: Path) -> Reference:
+    """The reference that `record` left in `folder`."""
+    batches = []
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as kept:
+            batches.append(Batch(str(kept["name"]), kept["ids"], kept["mask"], kept["scored"]))
+    return Reference(folder, tuple(batches))
 
 
 def _scored_blocks(

@@ -17,7 +17,9 @@ from pathlib import Path
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.report import Metric
 
-INTERVAL = 0.015  # seconds between samples; longer where reading the page tables is slow, to leave ≥ 75 % of a core
+# A sample costs the process time (it holds its memory map), and speed is measured in the same process: a sample may
+# take a tenth of the time at most, and they get rarer, since the peak comes while loading and at the first request.
+INTERVAL, DUTY, RARER = 0.02, 0.1, 0.05  # seconds at least; share of the time; share of the time that has passed
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def require_proc() -> None:
 def _watch(process: subprocess.Popen[bytes], deadline: float | None) -> tuple[int, int, int]:
     """(VmHWM, peak PSS of the tree, samples) until `process` ends. `EngineError` past `deadline`."""
     vm_hwm = peak = samples = 0
+    started = time.monotonic()
     while process.poll() is None:
         began = time.monotonic()
         if deadline is not None and began > deadline:
@@ -83,7 +86,9 @@ def _watch(process: subprocess.Popen[bytes], deadline: float | None) -> tuple[in
         peak = max(peak, sum(pss_bytes(pid) for pid in tree(process.pid)))
         vm_hwm = max(vm_hwm, peak_rss_bytes(process.pid))
         samples += 1
-        time.sleep(max(INTERVAL, 3 * (time.monotonic() - began)))
+        now = time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(INTERVAL, (now - began) / DUTY, (now - started) * RARER))
     return vm_hwm, peak, samples
 
 

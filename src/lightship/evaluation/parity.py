@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.errors import LimitExceeded
-from lightship.evaluation.divergence import Batch, BlockScorer, Comparison, Reference, compare
+from lightship.evaluation.divergence import BLOCK, Batch, BlockScorer, Comparison, Reference, compare
 from lightship.report import Metric
 
 SHORT = (1, 5, 9, 16, 23, 32)
@@ -59,6 +59,14 @@ def gate_batches(tokens: Sequence[int], context: int, greedy: Callable[..., list
     ]
 
 
+def long_row(reference: Reference) -> tuple[list[int], npt.NDArray[np.float32]]:
+    """The tokens of the long row, and log p(token[i] | tokens before i) by the original for i ≥ 1."""
+    index = next(number for number, batch in enumerate(reference.batches) if batch.name == "long")
+    tokens = reference.batches[index].ids[0]
+    rows = np.concatenate([reference.rows(index, block) for block in range(-(-len(tokens) // BLOCK))])
+    return tokens.tolist(), rows[np.arange(len(tokens) - 1), tokens[1:]]
+
+
 def parity(reference: Reference, candidate: BlockScorer) -> Parity:
     """Compare the candidate with the recorded original."""
     return summarise(compare(reference, candidate))
@@ -90,13 +98,14 @@ def check_parity(found: Parity, limit: float, stage: str) -> None:
         raise LimitExceeded(
             f"{stage}: mean KLD {found.mean_kld:.3g} exceeds the limit {limit:g}; nothing is shipped\n  "
             + "\n  ".join(found.lines()),
-            hint=f'raise the precision, or accept it on purpose: --accept "kld<={_above(found.mean_kld)}"'
+            hint=f'raise the precision, or accept it on purpose: --accept "kld<={above(found.mean_kld)}"'
             if math.isfinite(found.mean_kld)
             else "the candidate computes NaN or infinity: this is a fault, not a loss of precision",
         )
 
 
-def _above(value: float) -> str:
+def above(value: float) -> str:
+    """A round figure a little above `value`, to be suggested as a limit."""
     digits = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
     return f"{math.ceil(value * 1.05 / digits) * digits:.2g}"
 

@@ -59,7 +59,7 @@ def replay(rows: Sequence[Sequence[int]], arrays: dict[str, npt.NDArray[Any]], s
     if not np.isfinite(kld).all():
         raise LimitExceeded("the bundle computes NaN or infinity on this machine")
     stderr = float(kld.std() / np.sqrt(len(kld)))
-    return Metric("gate_kld", float(kld.mean()), "nats/token", len(kld), stderr, "lower", 0.0,
+    return Metric("golden_kld", float(kld.mean()), "nats/token", len(kld), stderr, "lower", None,
                   f"KL over the original's {TOP} likeliest tokens and one bucket for the rest")  # fmt: skip
 
 

@@ -47,7 +47,11 @@ def measure(
     if prompt < 1 or new_tokens < 2 or repeats < 1:
         raise UsageError(f"cannot measure {prompt} prompt tokens, {new_tokens} new ones, {repeats} repeats",
                          hint="at least 1 prompt token, 2 new tokens and 1 repeat are needed")  # fmt: skip
-    bound = int(engine.stats()["vocabulary"]) if vocabulary is None else vocabulary
+    stats = engine.stats()
+    bound = int(stats["vocabulary"]) if vocabulary is None else vocabulary
+    prompt = min(prompt, int(stats["context"]) - new_tokens)
+    if prompt < 1:
+        raise UsageError(f"a context of {stats['context']} tokens is too short to measure {new_tokens} new ones")
     random = np.random.default_rng()
     prefill, decode = [], []
     for repeat in range(repeats + 1):

@@ -1,20 +1,82 @@
-"""The scoring side of a text: documents that no calibration ever sees."""
+"""The tokens of a run: to gate, to score on and to calibrate with. What calibrates never scores."""
 
 from __future__ import annotations
 
-from lightship.calibration import Encode, Passages, Text
-from lightship.errors import LightshipError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightship.calibration import Encode, Passages, Text, calibration_set, default_text, read_text, render_with
+from lightship.checkpoint import Checkpoint
+from lightship.errors import UsageError
+from lightship.evaluation import golden, parity
+from lightship.recipe import Recipe
+from lightship.template import ChatTemplate, load_template
+from lightship.tokenizer import load_tokenizer
+
+CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
+CHUNKS = {"quick": 6, "full": 24}
+CALIBRATION_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token sequences: `gate` one long run, `score` held-out passages, `calibrate` for data-aware steps."""
+
+    gate: tuple[int, ...]
+    score: Passages
+    calibrate: tuple[tuple[int, ...], ...]
+    describe: dict[str, Any]
+
+
+def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:
+    """The tokens that `recipe` needs. Mistakes in the user's files are raised here, before any work is done."""
+    encode, start = tokeniser(checkpoint)
+    if recipe.golden is not None:
+        golden.read_cases(Path(recipe.golden))
+    text = open_text(recipe.text, load_template(checkpoint.folder))
+    context = checkpoint.context_length
+    length = min(CHUNK, context)
+    score = scoring_set(text, encode, length, CHUNKS[recipe.evaluate], start=start)
+    gate = scoring_set(default_text(), encode, min(parity.LONG, context), 1, start=start).sequences[0]
+    calibrate = None
+    if recipe.precision.data_aware:
+        calibrate = calibration_set(text, encode, length, CALIBRATION_ROWS, start=start)
+    describe = {
+        "name": score.name,
+        "default_only": text.default,
+        "scoring_sha256": score.digest,
+        "calibration_sha256": calibrate.digest if calibrate else None,
+        "tokens": length * len(score.sequences),
+    }
+    return Texts(gate, score, calibrate.sequences if calibrate else (), describe)
+
+
+def tokeniser(checkpoint: Checkpoint) -> tuple[Encode, int | None]:
+    """Text → token ids without special tokens, from `tokenizer.json`; and the id it begins a text with, if any."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    whole, plain = tokenizer.encode("a").ids, encode("a")
+    return encode, whole[0] if whole[:1] != plain[:1] else None
+
+
+def open_text(path: str | None, template: ChatTemplate | None) -> Text:
+    """The default text, or the user's file read through the model's chat template."""
+    if path is None:
+        return default_text()
+
+    def render(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+        if template is None:
+            raise UsageError(f"{path} is a chat, and the model has no chat template", hint="give a plain text file")
+        return render_with(template.render)(messages)
+
+    return read_text(Path(path), render)
 
 
 def scoring_set(text: Text, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
     """Sequences to score on: from the documents that never calibrate. Raises `UsageError` for too short a text."""
-    calibration, scoring = text.split()
-    check_disjoint(calibration, scoring)
-    return scoring.encode(tokenize, length, count, start=start)
-
-
-def check_disjoint(calibration: Text, scoring: Text) -> None:
-    """Raise `LightshipError` when a document would calibrate and score."""
-    shared = {document.digest for document in calibration.documents} & {doc.digest for doc in scoring.documents}
-    if shared:
-        raise LightshipError(f"{len(shared)} documents of {scoring.name} would calibrate and score")
+    return text.split()[1].encode(tokenize, length, count, start=start)

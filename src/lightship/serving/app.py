@@ -75,10 +75,15 @@ class Answer:
 def create_app(worker: Worker, model: ServedModel) -> FastAPI:
     """The API in front of `worker`, which is started with the app and closed with it."""
 
+    def failed(starting: asyncio.Task[None]) -> None:
+        if not starting.cancelled():
+            app.state.failure = starting.exception()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(worker.start())
         app.state.starting = starting
+        starting.add_done_callback(failed)
         try:
             yield
         finally:
@@ -86,6 +91,7 @@ def create_app(worker: Worker, model: ServedModel) -> FastAPI:
             await worker.close()
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.failure, app.state.ready = None, lambda: worker.ready
     errors.install(app)
     app.add_middleware(BodyLimit)
     _health(app, worker)

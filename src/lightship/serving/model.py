@@ -11,9 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lightship.checkpoint import context_length
 from lightship.errors import ContextTooLong, RequestError, UnsupportedError
-from lightship.serving.text import load_tokenizer
 from lightship.template import ChatTemplate, load_template
+from lightship.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ class ServedModel:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config.get("vocab_size"), int):
             raise UnsupportedError(f"{folder / 'config.json'} has no vocab_size")
-        context = config.get("max_position_embeddings") or config.get("n_positions") or 2048
-        return ServedModel(
-            name, digest, int(context), config["vocab_size"], load_tokenizer(folder), load_template(folder)
-        )
+        context = context_length(config) or 2048
+        return ServedModel(name, digest, context, config["vocab_size"], load_tokenizer(folder), load_template(folder))
 
     def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The prompt of a chat. Raises `RequestError` when the model has no chat template."""

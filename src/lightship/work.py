@@ -1,0 +1,96 @@
+"""A run's work folder: finished stages, each found again by the digest of everything it depends on.
+
+    runs/<name>/NN-<stage>-<digest>/done.json    written last, so its existence means complete
+
+A stage that was interrupted leaves a `.partial` folder, which the next run removes. No stage is known here by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightship.errors import LightshipError
+from lightship.machine import versions
+
+DONE = "done.json"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its files in `folder`, its `result` (plain data), `digest` over all it depends on, and whether
+    it was `found` instead of made."""
+
+    name: str
+    folder: Path
+    digest: str
+    result: dict[str, Any]
+    found: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """The stages of one run in `folder`; `names` are all that it has, in order."""
+
+    folder: Path
+    names: Sequence[str]
+    progress: Progress
+
+    def say(self, line: str) -> None:
+        """Report a line of detail."""
+        self.progress(f"      {line}")
+
+    def announce(self, name: str) -> int:
+        """Say that stage `name` begins; returns its number."""
+        number = self.names.index(name) + 1
+        self.progress(f"[{number}/{len(self.names)}] {name}")
+        return number
+
+    def stage(self, name: str, depends: Mapping[str, Any], make: Callable[[Path], dict[str, Any] | None]) -> Stage:
+        """The stage `name`, made by `make(folder)` unless it was finished before with the same dependencies.
+
+        `depends` (plain data) must hold all that decides the outcome, digests of earlier stages included; the versions
+        of the libraries are added. What `make` returns is kept as the stage's result.
+        """
+        number = self.announce(name)
+        digest = digest_of({"stage": name, "versions": versions(), **depends})
+        final = self.folder / f"{number:02}-{name.replace(' ', '-')}-{digest[:12]}"
+        if (final / DONE).is_file():
+            self.say("done before")
+            return Stage(name, final, digest, _read(final / DONE), True)
+        partial = self.folder / f".{final.name}.partial"
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        result = make(partial) or {}
+        _write_last(partial / DONE, {"stage": name, "depends": depends, "result": result})
+        os.rename(partial, final)
+        return Stage(name, final, digest, result, False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LightshipError(f"{path} is damaged", hint="remove its folder; the stage is then done again") from error
+    return result
+
+
+def _write_last(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
