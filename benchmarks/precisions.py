@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import models
 from benchmarks.page import put
-from lightship.pipeline import ship
+from lightship.pipeline import run
 from lightship.recipe import Precision, Recipe
 from lightship.report import Report, compare_table
 
@@ -23,18 +23,20 @@ ARMS = {
 
 
 def main() -> None:
-    """Every arm, with `evaluate: full`."""
+    """Every arm."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precisions", description=__doc__)
     parser.add_argument("--keep", type=Path, help="Keep the bundles in this folder.")
-    parser.add_argument("--evaluate", choices=["quick", "full"], default="full")
+    parser.add_argument("--evaluate", choices=["quick", "full"], default="quick")
     asked = parser.parse_args()
     reports = []
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as name:
         work = asked.keep or Path(name)
         source = models.demo(Path(name) / "demo")
         for label, precision in ARMS.items():
-            recipe = Recipe(source=str(source.folder), precision=precision, evaluate=asked.evaluate, accept=("kld<=1",))
-            bundle = ship(recipe, work / label.replace(", ", "-").replace(" ", ""), force=True, progress=print)
+            out = work / label.replace(", ", "-").replace(" ", "")
+            recipe = Recipe(name="demo", out=str(out), source=str(source.folder), precision=precision,
+                            evaluate=asked.evaluate, accept=("kld<=1",))  # fmt: skip
+            bundle = run(recipe, runs=work / "runs", progress=print)  # one export serves all but bf16
             kept = [metric for name in SHOWN if (metric := bundle.report.get(name)) is not None]
             reports.append((label, Report(tuple(kept), bundle.report.meta)))
     put("precisions", compare_table(reports))

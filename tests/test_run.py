@@ -44,7 +44,7 @@ def test_a_run_resumes(recipe, tmp_path):
     assert third.digest != first.digest and Bundle.open(Path(recipe.out)).digest == third.digest
 
     wider = exact.model_copy(update={"accept": ("kld<=0.6",)})  # only the verdicts depend on a limit
-    assert again(wider, tmp_path)[1] == ["read", "gate", "served path", "pack"]
+    assert again(wider, tmp_path)[1] == ["read", "gate export", "gate", "served path", "pack"]
 
 
 def test_another_bundle_in_the_way_is_kept(recipe, bundle_path, tmp_path):

@@ -235,7 +235,7 @@ def _read(run: Run) -> tuple[Checkpoint, Texts]:
 
 
 def _convert(run: Run, folder: Path) -> None:
-    read(run.recipe.source, folder, log=run.work.say)
+    read(run.recipe.source, folder, revision=run.recipe.revision, log=run.work.say)
 
 
 def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
