@@ -75,12 +75,12 @@ def test_a_wrong_model_is_stopped_even_at_the_widest_limit(gate, llama, tmp_path
         parity.check_parity(found, KLD_LIMITS["int4"], "gate")
 
 
-def test_a_dropped_mask_is_stopped(gate, llama):
+def test_a_dropped_mask_is_stopped(gate, llama, tmp_path):
     class Blind:
-        """Sees padding as text."""
+        """The exported graph, seeing padding as text."""
 
         def __init__(self):
-            self.inner = pytorch.open_scorer(llama.folder)
+            self.inner = exported(llama, tmp_path / "ir")
 
         def blocks(self, ids, mask, size):
             return self.inner.blocks(ids, np.ones_like(mask), size)

@@ -82,7 +82,8 @@ def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     ids = torch.arange(2, 18).reshape(2, 8) % checkpoint.vocabulary
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    logging.getLogger(exporter_dynamo.__file__).setLevel(logging.ERROR)  # it advises whoever wrote the call
+    for name in ("transformers", exporter_dynamo.__file__):  # they advise whoever wrote this call, not who runs it
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with torch.no_grad(), output_on_stderr(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
