@@ -52,6 +52,11 @@ class Bundle:
         _verify(folder, manifest["files"])
         return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest())
 
+    @staticmethod
+    def stated_target(path: Path | str) -> str:
+        """The preferred target as the manifest at `path` states it, nothing verified: only to prepare for it."""
+        return str(_parse(_manifest_bytes(Path(path)))["targets"][0])
+
     @property
     def name(self) -> str:
         """The model's name in the API."""

@@ -59,7 +59,8 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def served(folder):
-    worker = Worker("fake", folder, EngineSettings())
+    worker = Worker("fake", EngineSettings())
+    worker.load(folder)
     app = create_app(worker, ServedModel.load("org/fake", "0" * 64, folder))
     with bind("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
@@ -230,7 +231,8 @@ def test_a_step_that_fails_says_why(folder, tmp_path):
     (tmp_path / "fake.json").write_text('{"fail_after": 3}')
 
     async def run():
-        worker = Worker("fake", tmp_path, EngineSettings())
+        worker = Worker("fake", EngineSettings())
+        worker.load(tmp_path)
         await worker.start()
         with pytest.raises(EngineDied, match="told to fail"):
             async for _ in worker.generate([1], GenerationParams(max_tokens=9)):
@@ -245,7 +247,7 @@ def test_the_child_ends_when_its_parent_is_killed(tmp_path):
     code = (
         "import asyncio, pathlib, sys\nfrom lightship.engine import EngineSettings\n"
         "from lightship.serving.worker import Worker\n"
-        "async def main():\n    worker = Worker('fake', pathlib.Path(sys.argv[1]), EngineSettings())\n"
+        "async def main():\n    worker = Worker('fake', EngineSettings())\n    worker.load(pathlib.Path(sys.argv[1]))\n"
         "    await worker.start()\n    print(worker.pid, flush=True)\n    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
@@ -292,6 +294,7 @@ from lightship.bundle import Bundle
 folder = pathlib.Path(sys.argv[1])
 Bundle.open = staticmethod(lambda path: Bundle(folder, {"name": "fake", "targets": ["fake"]}, "0" * 64))
 Bundle.target_folder = lambda self, name: folder
+Bundle.stated_target = staticmethod(lambda path: "fake")
 server.serve(folder, port=int(sys.argv[2]))
 """
 

@@ -38,12 +38,10 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
+def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
-    target = bundle.targets[0]
-    folder = bundle.target_folder(target)
-    worker = Worker(target, folder, settings)
-    worker.spawn()
+    folder = bundle.target_folder(bundle.targets[0])
+    worker.load(folder)
     import uvicorn
 
     from lightship.serving.app import create_app
@@ -72,9 +70,16 @@ def serve(
     Raises `EngineError` when the model cannot be loaded.
     """
     with bind(host, port) as bound:
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
+        worker = Worker(Bundle.stated_target(path), settings or EngineSettings())
+        worker.spawn()  # imports its runtime while the bundle is verified
+        try:
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        except BaseException:
+            worker.kill()
+            raise
         progress(f"{opened.name} is intact; loading")
-        server, app = _server(opened, settings or EngineSettings())
+        server, app = _server(opened, worker)
         watching = threading.Thread(target=_watch, args=(server, app, url_of(bound), progress), daemon=True)
         watching.start()
         with _signals_end_quietly():
@@ -114,7 +119,7 @@ def running(
     """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with bind(host, port) as bound:
-        server, _ = _server(opened, settings or EngineSettings())
+        server, _ = _server(opened, Worker(opened.targets[0], settings or EngineSettings()))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:

@@ -40,13 +40,13 @@ def frame(message: dict[str, Any]) -> bytes:
 
 
 class Worker:
-    """A child process with one engine. `start` it, then `generate`; when it dies every stream raises `EngineDied`.
+    """A child process with one engine: `load`, `start`, then `generate`; when it dies every stream raises `EngineDied`.
 
-    `spawn` may come first, to let it load while the parent does something else.
+    `spawn` may come first, to let it import its runtime while the parent makes sure of what it will load.
     """
 
-    def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
-        self._arguments = {"target": target, "folder": str(folder), "settings": asdict(settings)}
+    def __init__(self, target: str, settings: EngineSettings) -> None:
+        self._target, self._settings = target, settings
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -68,20 +68,32 @@ class Worker:
         return self._process.pid if self._process else None
 
     def spawn(self) -> None:
-        """Start the child, which loads its engine at once. It ends when this process does."""
+        """Start the child, which imports the runtime of its target and waits. It ends when this process does."""
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "lightship.serving.worker", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "lightship.serving.worker", str(theirs.fileno()), self._target]
         # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, process_group=0
         )
         theirs.close()
-        self._socket.sendall(frame(self._arguments))
 
-    async def start(self) -> None:
-        """Wait until the child's engine is loaded, starting it if need be. Raises `EngineError` when it fails."""
+    def load(self, folder: Path) -> None:
+        """Let the child load the runtime folder, once it may be trusted."""
         if self._socket is None:
             self.spawn()
+        assert self._socket is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: `start` tells
+            self._socket.sendall(frame({"folder": str(folder), "settings": asdict(self._settings)}))
+
+    def kill(self) -> None:
+        """End a child that was spawned and never started."""
+        if self._socket is not None and self._process is not None:
+            self._socket.close()
+            self._process.kill()
+            self._process.wait()
+
+    async def start(self) -> None:
+        """Wait until the engine that `load` asked for is loaded. Raises `EngineError` when it cannot be."""
         reader, self._writer = await asyncio.open_connection(sock=self._socket)
         try:
             first = await _read(reader)
@@ -177,8 +189,8 @@ async def _read(reader: asyncio.StreamReader) -> dict[str, Any]:
 class _Loop:
     """Reads requests, steps the engine, sends events."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, target: str) -> None:
+        self._connection, self._target = connection, target
         self._buffer = bytearray()
         self._outer: dict[int, int] = {}  # the engine's id → the parent's
 
@@ -200,11 +212,12 @@ class _Loop:
                 self._send_events(events)
 
     def _load(self) -> Engine | None:
-        arguments = next(iter(self._messages(wait=True)))
-        if arguments is None:
-            return None
         try:
-            target = find("targets", arguments["target"])
+            target = find("targets", self._target)
+            getattr(target, "preload", lambda: None)()
+            arguments = next(iter(self._messages(wait=True)))
+            if arguments is None:
+                return None
             engine: Engine = target.open(Path(arguments["folder"]), EngineSettings(**arguments["settings"]))
         except Exception as error:  # whatever the runtime raises, the parent must hear of it
             self._fail(error)
@@ -275,14 +288,14 @@ class _Loop:
             self._connection.sendall(b"".join(frames))
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, target: str) -> None:
     """The child: signals to stop belong to the parent, which lets streams finish and then closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
     connection = socket.socket(fileno=descriptor)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone: nobody is left to tell
-        _Loop(connection).run()
+        _Loop(connection, target).run()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])
