@@ -6,15 +6,11 @@ appears under its name in one rename at the end, so an interrupted run leaves no
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gc
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,24 +18,21 @@ from typing import Any
 from lightship.bundle import MANIFEST, Bundle, pack
 from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
-from lightship.engine import Engine, EngineSettings, GenerationParams
-from lightship.errors import EngineError, LightshipError, LimitExceeded, UsageError
+from lightship.engine import EngineSettings
+from lightship.errors import LimitExceeded, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
 from lightship.evaluation.divergence import Reference
 from lightship.evaluation.text import Texts, cut
 from lightship.find import find
 from lightship.machine import machine, versions
+from lightship.output import appear, check_out, scratch
+from lightship.papers import manifest_of, published, report_of, write_papers
 from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
 from lightship.sources import converted_file, read
-from lightship.template import load_template
-from lightship.tokenizer import load_tokenizer
 from lightship.work import Progress, Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
-DISK_FULL = 2**20  # bytes left; less is no room for any file of a run
-EVALUATION_CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
-EVALUATION_CHUNKS = {"quick": 6, "full": 24}
 SPEED_REPEATS = {"quick": {"repeats": 3, "new_tokens": 32}, "full": {"repeats": 7, "new_tokens": 64}}
 # Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
 STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
@@ -69,10 +62,10 @@ def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress =
 
     Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`.
     """
-    _check_out(out, recipe, force, MANIFEST)
-    with _scratch(out) as scratch:
-        run = Run(recipe, Work(scratch / "run", tuple(STAGES), progress))
-        return _pack(run, _build(run), out, scratch)
+    check_out(out, recipe, force, MANIFEST)
+    with scratch(out) as folder:
+        run = Run(recipe, Work(folder / "run", tuple(STAGES), progress))
+        return _pack(run, _build(run), out, folder)
 
 
 def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silent) -> Bundle:
@@ -82,11 +75,11 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
     already up to date is verified and returned as it is.
     """
     out = Path(recipe.out or f"bundles/{recipe.label}")
-    _check_out(out, recipe, True, MANIFEST)
+    check_out(out, recipe, True, MANIFEST)
     work = Work(runs / recipe.label, tuple(STAGES), progress)
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / "bundle.json"
-    with _scratch(out) as scratch:
+    with scratch(out) as folder:
         built = _build(Run(recipe, work))
         inputs = digest_of([published(recipe).model_dump(mode="json"), built.digests])
         if out.exists():
@@ -97,52 +90,9 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
                 return bundle
             if known.get("bundle") != bundle.digest:
                 raise UsageError(f"{out} holds another bundle, not made by this run", hint="move it, or change `out`")
-        bundle = _pack(Run(recipe, work), built, out, scratch)
+        bundle = _pack(Run(recipe, work), built, out, folder)
         write_json(made, {"inputs": inputs, "bundle": bundle.digest})
     return bundle
-
-
-def _check_out(out: Path, recipe: Recipe, force: bool, mark: str) -> None:
-    """Raise unless `out` may be written: free, or, with `force`, an earlier result of ours (it holds `mark`)."""
-    source = Path(recipe.source).expanduser().resolve()
-    if source.exists() and out.resolve() in (source, *source.parents):
-        raise UsageError(f"{out} holds the source {recipe.source}", hint="choose another --out")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
-    if out.exists() and not (out / mark).is_file():
-        raise UsageError(f"{out} was not made by lightship (it has no {mark}), so it is not replaced",
-                         hint="choose another --out, or remove it yourself")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` (so that the final rename is atomic), removed whatever happens."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        yield work
-    except (OSError, RuntimeError) as error:  # compiled libraries raise their own for a full disk
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or shutil.disk_usage(work).free < DISK_FULL:
-            raise LightshipError(
-                f"the disk below {out.parent} is full", hint="free space or choose another --out"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace(finished: Path, out: Path) -> None:
-    """Move the finished folder to `out`. An old one there is set aside first, and put back if anything interferes."""
-    old = finished.parent / "replaced"
-    try:
-        if out.exists():
-            os.rename(out, old)
-        os.rename(finished, out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        raise
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────
@@ -362,7 +312,7 @@ def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -
     answers = []
     for opened in (find("targets", "pytorch").open(checkpoint.folder, EngineSettings()),
                    run.target.open(runtime, EngineSettings(prefix_cache=False))):  # fmt: skip
-        answers.append(golden.run(cases, answerer(opened, checkpoint)))
+        answers.append(golden.run(cases, golden.answerer(opened, checkpoint)))
         opened.close()
         gc.collect()
     result = golden.compare(cases, *answers)
@@ -371,132 +321,19 @@ def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -
     return result.metrics()
 
 
-def answerer(engine: Engine, checkpoint: Checkpoint) -> golden.Generate:
-    """A function that answers a prompt or messages greedily with `engine`."""
-    tokenizer = load_tokenizer(checkpoint.folder)
-    template = load_template(checkpoint.folder)
-
-    def generate(prompt: str | Sequence[dict[str, Any]], max_tokens: int) -> str:
-        if isinstance(prompt, str):
-            tokens = tokenizer.encode(prompt).ids
-        elif template is None:
-            raise UsageError("golden cases with messages need a model with a chat template", hint="use prompt instead")
-        else:
-            tokens = tokenizer.encode(template.render(prompt), add_special_tokens=False).ids
-        engine.submit(tokens, GenerationParams(max_tokens=max_tokens))
-        found: list[int] = []
-        while engine.busy():
-            for event in engine.step():
-                if event.error:
-                    raise EngineError(f"a golden case could not be answered: {event.error}")
-                found.extend(event.token_ids)
-        return str(tokenizer.decode(found))
-
-    return generate
-
-
 # ── Packing ─────────────────────────────────────────────────────────────────
 
 
-def _pack(run: Run, built: Built, out: Path, scratch: Path) -> Bundle:
+def _pack(run: Run, built: Built, out: Path, folder: Path) -> Bundle:
     """Seal the bundle beside `out`, then let it appear under its name in one rename."""
     run.work.announce("pack")
-    bundle = pack(_content(run, built, scratch / "content"), _manifest(run, built, out.name))
-    _replace(bundle.folder, out)
+    gated, content = built.gated, folder / "content"
+    shutil.copytree(gated.runtime.folder / "runtime", content / "targets" / run.recipe.target)
+    replay.write(divergence.reopen(gated.original.folder), content / "golden")
+    write_papers(content, run.recipe, report_of(run.recipe, gated.checkpoint, gated.texts.describe, built.metrics))
+    bundle = pack(content, manifest_of(run.recipe, gated.checkpoint, out.name))
+    appear(bundle.folder, out)
     return Bundle.open(out)
-
-
-def _content(run: Run, built: Built, content: Path) -> Path:
-    """Lay out everything that goes into the bundle but its manifest."""
-    shutil.copytree(built.gated.runtime.folder / "runtime", content / "targets" / run.recipe.target)
-    replay.write(divergence.reopen(built.gated.original.folder), content / "golden")
-    metrics = _limited(built.metrics, run.recipe.kld_limit())
-    report = Report(metrics, _meta(run, built.gated.checkpoint, built.gated.texts, metrics))
-    (content / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (content / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-    (content / "report.html").write_text(report.to_html(), encoding="utf-8")
-    (content / "recipe.json").write_text(published(run.recipe).model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return content
-
-
-def _limited(metrics: Sequence[Metric], limit: float) -> tuple[Metric, ...]:
-    """The divergences with the limit that they must keep."""
-    return tuple(replace(metric, limit=limit) if metric.name in ("kld", "gate_kld") else metric for metric in metrics)
-
-
-def published(recipe: Recipe) -> Recipe:
-    """`recipe` without paths of this machine: a bundle travels."""
-    paths = {
-        name: value and Path(value).name for name in ("text", "golden", "out") for value in [getattr(recipe, name)]
-    }
-    local = Path(recipe.source).expanduser().exists()
-    return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
-
-
-def _verdict(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[Metric]) -> str:
-    by_name = {metric.name: metric for metric in metrics}
-
-    def ratio(name: str) -> float:
-        return by_name[name].ratio() or float("nan")
-
-    kld, limit = by_name["kld"], run.recipe.kld_limit()
-    kept = "limit" if kld.value <= limit else "ABOVE ITS LIMIT"
-    text = "scored on default text only (give --text for yours)" if texts.describe["default_only"] else "on your text"
-    return (
-        f"{run.recipe.precision.name}: {1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
-        f"decode {ratio('decode'):.1f}× and prefill "
-        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} ({kept} {limit:g}), "
-        f"top-1 {by_name['top1'].value:.1%}; {text}"
-    )
-
-
-def _history(checkpoint: Checkpoint) -> list[Any]:
-    return [entry["precision"] for entry in checkpoint.lineage if entry.get("precision")]
-
-
-def _origin(run: Run, checkpoint: Checkpoint) -> str:
-    """Where the original comes from, and what it was before: a quantised file is unpacked, which restores nothing."""
-    said = f"{published(run.recipe).source}, {checkpoint.size_bytes / 1e6:.0f} MB of {checkpoint.dtype}"
-    for entry in checkpoint.lineage:
-        if entry.get("precision"):
-            types = ", ".join(f"{count} {name}" for name, count in entry["precision"].items())
-            said += f", unpacked from {entry['source']} ({entry['bytes'] / 1e6:.0f} MB; tensors: {types})"
-    return said
-
-
-def _meta(run: Run, checkpoint: Checkpoint, texts: Texts, metrics: Sequence[Metric]) -> dict[str, Any]:
-    return {
-        "title": f"{Path(run.recipe.source).name} → {run.recipe.precision.name}",
-        "verdict": _verdict(run, checkpoint, texts, metrics),
-        "source": _origin(run, checkpoint),
-        "precision": run.recipe.precision.model_dump(),
-        "limit_kld": run.recipe.kld_limit(),
-        "accepted": list(run.recipe.accept),
-        "text": texts.describe,
-        "machine": machine(),
-        "versions": versions(),
-        "precision_history": _history(checkpoint),
-    }
-
-
-def _manifest(run: Run, built: Built, name: str) -> dict[str, Any]:
-    checkpoint = built.gated.checkpoint
-    return {
-        "name": name,
-        "targets": [run.recipe.target],
-        "source": {
-            "name": published(run.recipe).source,
-            "revision": checkpoint.revision,
-            "digest": checkpoint.digest(),
-            "dtype": checkpoint.dtype,
-            "precision_history": _history(checkpoint),
-            "lineage": checkpoint.lineage,
-        },
-        "recipe": published(run.recipe).model_dump(mode="json"),
-        "versions": versions(),
-        "machine": machine(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 # ── A bundle on the machine that serves it ──────────────────────────────────
@@ -538,10 +375,10 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 
 def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Path:
     """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
-    _check_out(out, recipe, force, "engine.json")
-    with _scratch(out) as scratch:
-        gated = _gated(Run(recipe, Work(scratch / "run", CONVERT, progress)))
-        _replace(gated.runtime.folder / "runtime", out)
+    check_out(out, recipe, force, "engine.json")
+    with scratch(out) as folder:
+        gated = _gated(Run(recipe, Work(folder / "run", CONVERT, progress)))
+        appear(gated.runtime.folder / "runtime", out)
     return out
 
 
@@ -566,8 +403,8 @@ def evaluate(
         run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
         checkpoint, texts = _read(run)
         runtime = opened.target_folder(recipe.target)
-        metrics = _limited(_metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest)), recipe.kld_limit())
-        meta = _meta(run, checkpoint, texts, metrics)
+        measured = _metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest))
+        report = report_of(recipe, checkpoint, texts.describe, measured)
         if checkpoint.digest() != opened.manifest["source"]["digest"]:
-            meta["verdict"] += f"; {source} is not the model this bundle was made from"
-        return Report(metrics, meta)
+            report.meta["verdict"] += f"; {source} is not the model this bundle was made from"
+        return report

@@ -17,8 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightship.errors import UsageError
+from lightship.checkpoint import Checkpoint
+from lightship.engine import Engine, GenerationParams
+from lightship.errors import EngineError, UsageError
 from lightship.report import Metric
+from lightship.template import load_template
+from lightship.tokenizer import load_tokenizer
 
 Prompt = str | list[dict[str, Any]]
 Generate = Callable[[Prompt, int], str]
@@ -224,3 +228,27 @@ def _search(case: Case, answer: str) -> bool:
     if done.returncode not in (0, 3):
         raise UsageError(f"{case.where}: the regex {case.expected!r} failed: {done.stderr.strip()[-200:]}")
     return done.returncode == 0
+
+
+def answerer(engine: Engine, checkpoint: Checkpoint) -> Generate:
+    """A function that answers a prompt or messages greedily with `engine`."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    template = load_template(checkpoint.folder)
+
+    def generate(prompt: str | Sequence[dict[str, Any]], max_tokens: int) -> str:
+        if isinstance(prompt, str):
+            tokens = tokenizer.encode(prompt).ids
+        elif template is None:
+            raise UsageError("golden cases with messages need a model with a chat template", hint="use prompt instead")
+        else:
+            tokens = tokenizer.encode(template.render(prompt), add_special_tokens=False).ids
+        engine.submit(tokens, GenerationParams(max_tokens=max_tokens))
+        found: list[int] = []
+        while engine.busy():
+            for event in engine.step():
+                if event.error:
+                    raise EngineError(f"a golden case could not be answered: {event.error}")
+                found.extend(event.token_ids)
+        return str(tokenizer.decode(found))
+
+    return generate

@@ -1,0 +1,105 @@
+"""What a bundle says about its model: the report with its verdict, the recipe without paths, the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lightship.checkpoint import Checkpoint
+from lightship.machine import machine, versions
+from lightship.recipe import Recipe
+from lightship.report import Metric, Report
+
+
+def _limited(metrics: Sequence[Metric], limit: float) -> tuple[Metric, ...]:
+    """The divergences with the limit that they must keep."""
+    return tuple(replace(metric, limit=limit) if metric.name in ("kld", "gate_kld") else metric for metric in metrics)
+
+
+def published(recipe: Recipe) -> Recipe:
+    """`recipe` without paths of this machine: a bundle travels."""
+    paths = {
+        name: value and Path(value).name for name in ("text", "golden", "out") for value in [getattr(recipe, name)]
+    }
+    local = Path(recipe.source).expanduser().exists()
+    return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
+
+
+def _verdict(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], metrics: Sequence[Metric]) -> str:
+    by_name = {metric.name: metric for metric in metrics}
+
+    def ratio(name: str) -> float:
+        return by_name[name].ratio() or float("nan")
+
+    kld, limit = by_name["kld"], recipe.kld_limit()
+    kept = "limit" if kld.value <= limit else "ABOVE ITS LIMIT"
+    scored = "scored on default text only (give --text for yours)" if text["default_only"] else "on your text"
+    return (
+        f"{recipe.precision.name}: {1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
+        f"decode {ratio('decode'):.1f}× and prefill "
+        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} ({kept} {limit:g}), "
+        f"top-1 {by_name['top1'].value:.1%}; {scored}"
+    )
+
+
+def _history(checkpoint: Checkpoint) -> list[Any]:
+    return [entry["precision"] for entry in checkpoint.lineage if entry.get("precision")]
+
+
+def _origin(recipe: Recipe, checkpoint: Checkpoint) -> str:
+    """Where the original comes from, and what it was before: a quantised file is unpacked, which restores nothing."""
+    said = f"{published(recipe).source}, {checkpoint.size_bytes / 1e6:.0f} MB of {checkpoint.dtype}"
+    for entry in checkpoint.lineage:
+        if entry.get("precision"):
+            types = ", ".join(f"{count} {name}" for name, count in entry["precision"].items())
+            said += f", unpacked from {entry['source']} ({entry['bytes'] / 1e6:.0f} MB; tensors: {types})"
+    return said
+
+
+def report_of(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric]) -> Report:
+    """The report on a candidate made by `recipe` from `checkpoint`; `text` describes what it was scored on."""
+    metrics = _limited(measured, recipe.kld_limit())
+    meta = {
+        "title": f"{Path(recipe.source).name} → {recipe.precision.name}",
+        "verdict": _verdict(recipe, checkpoint, text, metrics),
+        "source": _origin(recipe, checkpoint),
+        "precision": recipe.precision.model_dump(),
+        "limit_kld": recipe.kld_limit(),
+        "accepted": list(recipe.accept),
+        "text": text,
+        "machine": machine(),
+        "versions": versions(),
+        "precision_history": _history(checkpoint),
+    }
+    return Report(metrics, meta)
+
+
+def write_papers(content: Path, recipe: Recipe, report: Report) -> None:
+    """Put report and recipe into the folder `content` of a bundle."""
+    (content / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (content / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+    (content / "report.html").write_text(report.to_html(), encoding="utf-8")
+    (content / "recipe.json").write_text(published(recipe).model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def manifest_of(recipe: Recipe, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """What the manifest of bundle `name` says beside its files."""
+    return {
+        "name": name,
+        "targets": [recipe.target],
+        "source": {
+            "name": published(recipe).source,
+            "revision": checkpoint.revision,
+            "digest": checkpoint.digest(),
+            "dtype": checkpoint.dtype,
+            "precision_history": _history(checkpoint),
+            "lineage": checkpoint.lineage,
+        },
+        "recipe": published(recipe).model_dump(mode="json"),
+        "versions": versions(),
+        "machine": machine(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
