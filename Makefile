@@ -27,6 +27,8 @@ lint: .venv/test.done
 bench: .venv/build.done
 	$(BIN)/python -m benchmarks.ship demo
 	$(BIN)/python -m benchmarks.ship llama
+	$(BIN)/python -m benchmarks.preflight demo --verbs ship convert
+	$(BIN)/python -m benchmarks.preflight llama
 	$(BIN)/python -m benchmarks.stages
 	$(BIN)/python -m benchmarks.precisions
 	$(BIN)/python -m benchmarks.serve

@@ -62,6 +62,20 @@ def _parse(path: Path) -> Any:
         raise SourceError(f"{path} is not valid JSON: {error}") from error
 
 
+def check_config(config: Mapping[str, Any], where: Path | str) -> None:
+    """Raise `UnsupportedError` for a model that `load` refuses by its configuration: own code, quantised weights."""
+    if "auto_map" in config:
+        raise UnsupportedError(
+            f"{where} needs its own code (auto_map in config.json); lightship runs no code from a model",
+            hint="use a release of this model that transformers supports natively",
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            f"{where} is already quantised (quantization_config in config.json)",
+            hint="give the original weights: quantising twice loses twice",
+        )
+
+
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     """Name → dtype, shape and `data_offsets` of the tensors in `path`, no tensor read.
 
@@ -208,7 +222,7 @@ class Checkpoint:
         from transformers.utils import logging as transformers_logging
 
         config = self.config
-        self._refuse(config)
+        check_config(config, self.folder)
         structure, kept = self.structure, dtype or self.dtype
         transformers_logging.disable_progress_bar()
         try:
@@ -219,18 +233,6 @@ class Checkpoint:
                 hint="check model_type in config.json, or the version of transformers",
             ) from error
         return self._load(parsed, kept) if structure is None else self._load_cut(parsed, kept, structure)
-
-    def _refuse(self, config: dict[str, Any]) -> None:
-        if "auto_map" in config:
-            raise UnsupportedError(
-                f"{self.folder} needs its own code (auto_map in config.json); lightship runs no code from a model",
-                hint="use a release of this model that transformers supports natively",
-            )
-        if config.get("quantization_config"):
-            raise UnsupportedError(
-                f"{self.folder} is already quantised (quantization_config in config.json)",
-                hint="give the original weights: quantising twice loses twice",
-            )
 
     def _load(self, config: Any, dtype: str) -> PreTrainedModel:
         import safetensors

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -76,7 +78,32 @@ def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 def memory_limit(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that the control group grants (`memory.max`, cgroup v2), None where it sets no limit."""
-    text = _content(group / "memory.max")
+    return _number(group / "memory.max")
+
+
+def memory_available(groups: Sequence[Path] | None = None) -> int:
+    """Bytes that this process may still take: what the system has available, and in each of `groups` (default: its own
+    control groups) the limit less what is used and cannot be dropped (file pages can)."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for group in own_groups() if groups is None else groups:
+        limit, used = memory_limit(group), _number(group / "memory.current")
+        if limit is not None and used is not None:
+            kept = dict(line.split() for line in _content(group / "memory.stat").splitlines())
+            available = min(available, max(limit - used + int(kept.get("inactive_file", 0)), 0))
+    return available
+
+
+def own_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """The control groups (v2) that this process is in, from its own outwards; each can set a limit."""
+    inside = next((line[3:] for line in _content(own).splitlines() if line.startswith("0::")), "/")
+    group = root / inside.lstrip("/")
+    return [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
+
+
+def _number(path: Path) -> int | None:
+    text = _content(path)
     return int(text) if text.isdigit() else None
 
 
@@ -102,6 +129,55 @@ def memory_bandwidth(size: int = 128 * 2**20, repeats: int = 5) -> float:
             list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), arrays))
             best = max(best, 2 * size * cores / (time.perf_counter() - began))
     return best
+
+
+# ── How fast it is, in a fraction of a second ───────────────────────────────
+
+
+def matmul_rate(seconds: float = 0.15, size: int = 1024) -> float:
+    """Floating-point operations a second of float32 matrix products on all cores (NumPy's BLAS), the best seen."""
+    import numpy as np
+
+    left, right = np.ones((size, size), np.float32), np.ones((size, size), np.float32)
+    return _best(lambda: left @ right, seconds, 2.0 * size**3)
+
+
+def interpreter_rate(seconds: float = 0.03) -> float:
+    """Rounds a second of a plain loop in this Python, the best seen: what tracing a model depends on."""
+
+    def rounds(count: int = 20_000) -> int:
+        total = 0
+        for number in range(count):
+            total += number % 7
+        return total
+
+    return _best(rounds, seconds, 20_000)
+
+
+def read_rate(path: Path, seconds: float = 0.2, chunk: int = 2**22) -> float:
+    """Bytes a second at which the first `seconds` of `path` are read and hashed (SHA-256): from the page cache where it
+    is there, as a run that starts now would find it."""
+    read = 0
+    digest = hashlib.sha256()
+    began = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while time.perf_counter() - began < seconds and (block := file.read(chunk)):
+            digest.update(block)
+            read += len(block)
+    return read / max(time.perf_counter() - began, 1e-6) if read else float("inf")
+
+
+def _best(work: Callable[[], object], seconds: float, amount: float) -> float:
+    """`amount` a second of `work`, the best of as many calls as fit in `seconds` (two at least)."""
+    best, ends, calls = 0.0, time.perf_counter() + seconds, 0
+    while calls < 2 or time.perf_counter() < ends:
+        began = time.perf_counter()
+        work()
+        best, calls = max(best, amount / (time.perf_counter() - began)), calls + 1
+    return best
+
+
+# ── What is installed ───────────────────────────────────────────────────────
 
 
 def missing_by_extra() -> dict[str, list[str]]:

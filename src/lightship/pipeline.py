@@ -22,21 +22,22 @@ from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
 from lightship.evaluation.divergence import Reference
-from lightship.evaluation.text import Texts, cut
+from lightship.evaluation.text import SPEED_REPEATS, Texts, amount, cut
 from lightship.find import find
 from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import manifest_of, published, report_of, write_papers
+from lightship.preflight import Plan, Seen, look, plan
 from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
-from lightship.sources import converted_file, read
-from lightship.work import Progress, Stage, Work, digest_of
+from lightship.sources import converted_file, peek, read
+from lightship.work import DONE, NotMade, Progress, Stage, Survey, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
-SPEED_REPEATS = {"quick": {"repeats": 3, "new_tokens": 32}, "full": {"repeats": 7, "new_tokens": 64}}
 # Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
 STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
           "evaluate": 33, "pack": 1}  # fmt: skip
+MADE = "bundle.json"  # in a run's folder: what its bundle was made from
 CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
 
 
@@ -57,31 +58,36 @@ class Run:
         return find("targets", self.recipe.target)
 
 
-def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Bundle:
+def ship(
+    recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent, ignore_shortage: bool = False
+) -> Bundle:
     """Build the bundle `recipe` describes at `out` and return it, verified. Keeps nothing else.
 
-    Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`.
+    Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`. What it will need
+    is predicted first; too little memory or disk is an error (see `Plan.check`) unless `ignore_shortage`.
     """
-    check_out(out, recipe, force, MANIFEST)
+    _tell(plan_ship(recipe, out, force=force), progress, ignore_shortage)
     with scratch(out) as folder:
         run = Run(recipe, Work(folder / "run", tuple(STAGES), progress))
         return _pack(run, _build(run), out, folder)
 
 
-def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silent) -> Bundle:
+def run(
+    recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silent, ignore_shortage: bool = False
+) -> Bundle:
     """As `ship`, to `recipe.out`, but keep every finished stage below `runs`/<name>: what is there is not done again.
 
     A changed option redoes what depends on it; other versions of the libraries redo everything. A bundle that is
     already up to date is verified and returned as it is.
     """
-    out = Path(recipe.out or f"bundles/{recipe.label}")
-    check_out(out, recipe, True, MANIFEST)
-    work = Work(runs / recipe.label, tuple(STAGES), progress)
+    planned = plan_run(recipe, runs=runs)
+    _tell(planned, progress, ignore_shortage)
+    out, work = planned.out, Work(planned.work, tuple(STAGES), progress)
     work.folder.mkdir(parents=True, exist_ok=True)
-    made = work.folder / "bundle.json"
+    made = work.folder / MADE
     with scratch(out) as folder:
         built = _build(Run(recipe, work))
-        inputs = digest_of([published(recipe).model_dump(mode="json"), built.digests])
+        inputs = _inputs(recipe, built)
         if out.exists():
             known = read_json(made) if made.is_file() else {}
             bundle = Bundle.open(out)
@@ -93,6 +99,60 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
         bundle = _pack(Run(recipe, work), built, out, folder)
         write_json(made, {"inputs": inputs, "bundle": bundle.digest})
     return bundle
+
+
+def _inputs(recipe: Recipe, built: Built) -> str:
+    """Digest of all that decides what is in the bundle."""
+    return digest_of([published(recipe).model_dump(mode="json"), built.digests])
+
+
+# ── Before a run ────────────────────────────────────────────────────────────
+
+
+def plan_ship(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
+    """What `ship` would do with the same arguments. Loads, downloads and writes nothing; raises what can be known to
+    fail, except for a shortage (`Plan.check`)."""
+    check_out(out, recipe, force, MANIFEST)
+    return plan(recipe, look(recipe, peek), amount, tuple(STAGES), out)
+
+
+def plan_convert(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
+    """As `plan_ship`, of `convert`."""
+    check_out(out, recipe, force, "engine.json")
+    return plan(recipe, look(recipe, peek), amount, CONVERT, out)
+
+
+def plan_run(recipe: Recipe, *, runs: Path = Path("runs")) -> Plan:
+    """As `plan_ship`, of `run`, with the stages that are done. Where there are any it hashes the source to know."""
+    out, folder = Path(recipe.out or f"bundles/{recipe.label}"), runs / recipe.label
+    check_out(out, recipe, True, MANIFEST)
+    seen = look(recipe, peek)
+    return plan(recipe, seen, amount, tuple(STAGES), out, folder, _finished(recipe, seen, folder, out))
+
+
+def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> None:
+    if not ignore_shortage:
+        planned.check()
+    progress(planned.said())
+
+
+def _finished(recipe: Recipe, seen: Seen, folder: Path, out: Path) -> Sequence[str]:
+    """The stages of an earlier run that would be found again; all of them when its bundle is up to date."""
+    if seen.shape is None or not any(folder.glob(f"*/{DONE}")):
+        return ()
+    survey = Survey(folder, tuple(STAGES), silent, needed=("read",))
+    here = recipe
+    if seen.file is not None and seen.config is not None:  # of a hub model the copy in the cache: nothing is fetched
+        here = recipe.model_copy(update={"source": str(seen.file.parent), "revision": None})
+    try:
+        built = _stages(Run(here, survey))
+    except NotMade:
+        return ()
+    made = folder / MADE
+    packed = made.is_file() and (out / MANIFEST).is_file()
+    if packed and read_json(made) == {"inputs": _inputs(recipe, built), "bundle": Bundle.open(out).digest}:
+        return tuple(STAGES)
+    return survey.found
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────
@@ -150,11 +210,15 @@ def _kept(metrics: Sequence[Metric]) -> dict[str, Any]:
 
 
 def _build(run: Run) -> Built:
-    gated = _gated(run)
-    runtime = gated.runtime.folder / "runtime"
-    built = Built(gated, _evaluate(run, gated.checkpoint, runtime, gated.texts, gated.runtime.digest))
+    built = _stages(run)
     built.check(run.recipe.kld_limit())
     return built
+
+
+def _stages(run: Run) -> Built:
+    gated = _gated(run)
+    runtime = gated.runtime.folder / "runtime"
+    return Built(gated, _evaluate(run, gated.checkpoint, runtime, gated.texts, gated.runtime.digest))
 
 
 def _gated(run: Run) -> Gated:
@@ -373,9 +437,11 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 # ── Parts of the walk ───────────────────────────────────────────────────────
 
 
-def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Path:
+def convert(
+    recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent, ignore_shortage: bool = False
+) -> Path:
     """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
-    check_out(out, recipe, force, "engine.json")
+    _tell(plan_convert(recipe, out, force=force), progress, ignore_shortage)
     with scratch(out) as folder:
         gated = _gated(Run(recipe, Work(folder / "run", CONVERT, progress)))
         appear(gated.runtime.folder / "runtime", out)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,7 @@ class Work:
         of the libraries are added. What `make` returns is kept as the stage's result.
         """
         number = self.announce(name)
-        digest = digest_of({"stage": name, "versions": versions(), **depends})
-        final = self.folder / f"{number:02}-{name.replace(' ', '-')}-{digest[:12]}"
+        digest, final = self.place(number, name, depends)
         if (final / DONE).is_file():
             self.say("done before")
             return Stage(name, final, digest, _read(final / DONE), True)
@@ -73,6 +72,35 @@ class Work:
         _write_last(partial / DONE, {"stage": name, "depends": depends, "result": result})
         os.rename(partial, final)
         return Stage(name, final, digest, result, False)
+
+    def place(self, number: int, name: str, depends: Mapping[str, Any]) -> tuple[str, Path]:
+        """The digest of a stage and the folder that it has when it is finished."""
+        digest = digest_of({"stage": name, "versions": versions(), **depends})
+        return digest, self.folder / f"{number:02}-{name.replace(' ', '-')}-{digest[:12]}"
+
+
+class NotMade(Exception):
+    """A stage is not there, and those after it cannot be told without its files."""
+
+
+@dataclass(frozen=True)
+class Survey(Work):
+    """A work folder looked over: its stages are found or not, none is made, nothing is written. `found` fills up.
+
+    A stage that is not there is passed over with the folder it would have; where `needed`, the survey ends (`NotMade`).
+    """
+
+    needed: Sequence[str] = ()
+    found: list[str] = field(default_factory=list)
+
+    def stage(self, name: str, depends: Mapping[str, Any], make: Callable[[Path], dict[str, Any] | None]) -> Stage:
+        digest, final = self.place(self.announce(name), name, depends)
+        there = (final / DONE).is_file()
+        if there:
+            self.found.append(name)
+        elif name in self.needed:
+            raise NotMade(name)
+        return Stage(name, final, digest, _read(final / DONE) if there else {}, there)
 
 
 def digest_of(value: Any) -> str:

@@ -8,7 +8,7 @@ import click
 
 
 @click.command()
-@click.argument("where")
+@click.argument("where", type=click.Path())
 @click.option("--system", help="A system message.")
 @click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 2))
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1))

@@ -8,19 +8,25 @@ from typing import Any
 
 import click
 
-from lightship.cli.display import stages
-from lightship.cli.options import build_options, recipe_of
+from lightship.cli.display import show_plan, stages
+from lightship.cli.options import build_options, preflight_options, recipe_of
 from lightship.cli.ship import default_out
 
 
 @click.command()
 @build_options
-def command(source: str, out: str | None, force: bool, as_json: bool, **given: Any) -> None:
+@preflight_options
+def command(
+    source: str, out: str | None, force: bool, as_json: bool, dry_run: bool, ignore_shortage: bool, **given: Any
+) -> None:
     """Convert SOURCE to a gated runtime folder."""
-    from lightship.pipeline import CONVERT, STAGES, convert
+    from lightship.pipeline import CONVERT, STAGES, convert, plan_convert
 
     recipe = recipe_of(source, **given)
     folder = Path(out) if out else Path(f"{default_out(source, recipe.precision.name)}-{recipe.target}")
+    if dry_run:
+        show_plan(plan_convert(recipe, folder, force=force), as_json)
+        return
     with stages({name: STAGES[name] for name in CONVERT}) as progress:
-        convert(recipe, folder, force=force, progress=progress)
+        convert(recipe, folder, force=force, progress=progress, ignore_shortage=ignore_shortage)
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"runtime folder: {folder}")

@@ -1,8 +1,9 @@
-"""Progress for people: stage, elapsed time and ETA on a terminal, plain lines elsewhere. Always on standard error."""
+"""For people: progress on standard error, with an ETA on a terminal and as plain lines elsewhere, and plans."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ import click
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from lightship.preflight import Plan
 
 Listener = Callable[[str], None]
 
@@ -89,3 +92,22 @@ class Bar:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}"
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Print what a run would do, stage by stage."""
+    from lightship.preflight import duration, gigabytes
+
+    if as_json:
+        click.echo(json.dumps(plan.to_dict()))
+        return
+    for step in plan.steps:
+        cost = step.cost
+        figures = "done before" if step.done else ""
+        if cost and not step.done:
+            written = gigabytes(cost.kept + cost.passing) if cost.kept + cost.passing else "nothing"
+            figures = f"{duration(cost.seconds):12}{gigabytes(cost.memory):>8} of memory, writes {written}"
+        click.echo(f"{step.name:14}{figures}".rstrip())
+    click.echo(f"\nworks in      {plan.work}\nwould write   {plan.out}"
+               + (f", {gigabytes(plan.result)}" if plan.predicted else ""))  # fmt: skip
+    click.echo(plan.said())

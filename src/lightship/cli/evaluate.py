@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from lightship.cli.completion import models
 from lightship.cli.display import stages
 
 
 @click.command()
 @click.argument("bundle", type=click.Path())
-@click.argument("source")
+@click.argument("source", shell_complete=models)
 @click.option("--text", type=click.Path(), help="Score on this file: plain text, or chat JSONL.")
 @click.option("--golden", type=click.Path(), help="Golden cases (JSONL), run on original and candidate.")
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True)

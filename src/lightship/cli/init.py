@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from lightship.cli.completion import models
+
 
 @click.command()
-@click.argument("source", required=False)
+@click.argument("source", required=False, shell_complete=models)
 @click.option("--out", "-o", default="recipe.yaml", show_default=True, type=click.Path(), help="The file to write.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes instead, for editors.")
 def command(source: str | None, out: str, schema: bool) -> None:

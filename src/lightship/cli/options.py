@@ -8,6 +8,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
+from lightship.cli.completion import models
 from lightship.errors import UsageError
 from lightship.recipe import PRECISIONS, Precision, Recipe, explain
 
@@ -17,7 +18,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `ship` and `convert`: what to build and what its gates must keep."""
     return _with(command, [
-        click.argument("source"),
+        click.argument("source", shell_complete=models),
         click.option("--out", "-o", type=click.Path(), help="Where the result goes (default: a name in this folder)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
@@ -33,6 +34,14 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--revision", help="Revision of a hub model."),
         click.option("--force", is_flag=True, help="Replace an earlier result."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ])  # fmt: skip
+
+
+def preflight_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is asked before a run of `ship`, `convert` or `run`."""
+    return _with(command, [
+        click.option("--dry-run", is_flag=True, help="Print the plan with what it needs, and do nothing."),
+        click.option("--ignore-shortage", is_flag=True, help="Go on where memory or disk seems too small."),
     ])  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from lightship.cli.display import stages
-from lightship.cli.options import build_options, evaluation_options, recipe_of
+from lightship.cli.display import show_plan, stages
+from lightship.cli.options import build_options, evaluation_options, preflight_options, recipe_of
 
 
 def default_out(source: str, precision: str) -> Path:
@@ -21,14 +21,20 @@ def default_out(source: str, precision: str) -> Path:
 @click.command()
 @build_options
 @evaluation_options
-def command(source: str, out: str | None, force: bool, as_json: bool, **given: Any) -> None:
+@preflight_options
+def command(
+    source: str, out: str | None, force: bool, as_json: bool, dry_run: bool, ignore_shortage: bool, **given: Any
+) -> None:
     """Ship SOURCE (a folder, a .gguf file, a hub id, or `demo`) as a measured bundle."""
-    from lightship.pipeline import STAGES, ship
+    from lightship.pipeline import STAGES, plan_ship, ship
 
     recipe = recipe_of(source, **given)
     folder = Path(out) if out else default_out(source, recipe.precision.name)
+    if dry_run:
+        show_plan(plan_ship(recipe, folder, force=force), as_json)
+        return
     with stages(STAGES) as progress:
-        bundle = ship(recipe, folder, force=force, progress=progress)
+        bundle = ship(recipe, folder, force=force, progress=progress, ignore_shortage=ignore_shortage)
     if as_json:
         click.echo(json.dumps({"bundle": str(folder), "digest": bundle.digest, "report": bundle.report.to_dict()}))
         return

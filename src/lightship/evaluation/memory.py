@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightship.errors import EngineError, UnsupportedError, UsageError
+from lightship.evaluation import speed
 from lightship.report import Metric
 
 # A sample costs the process time (it holds its memory map), and speed is measured in the same process: a sample may
@@ -97,7 +98,7 @@ def probe(
     folder: Path,
     *,
     repeats: int = 5,
-    prompt: int = 256,
+    prompt: int = speed.PROMPT,
     new_tokens: int = 64,
     timeout: float | None = None,
 ) -> list[Metric]:

@@ -20,7 +20,7 @@ from lightship.report import Metric
 
 SHORT = (1, 5, 9, 16, 23, 32)
 LONG = 1024
-GREEDY_PROMPTS, GREEDY_TOKENS = 3, 32
+GREEDY_PROMPTS, GREEDY_PROMPT, GREEDY_TOKENS = 3, 16, 32
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def gate_batches(tokens: Sequence[int], context: int, greedy: Callable[..., list
     long = min(LONG, context, len(tokens))
     offsets = np.linspace(0, len(tokens) - max(SHORT) - 1, len(SHORT)).astype(int)
     short = [list(tokens[start : start + length]) for start, length in zip(offsets, SHORT, strict=True)]
-    prompts = [list(tokens[start : start + 16]) for start in offsets[:GREEDY_PROMPTS]]
+    prompts = [list(tokens[start : start + GREEDY_PROMPT]) for start in offsets[:GREEDY_PROMPTS]]
     continued = [prompt + found for prompt, found in zip(prompts, greedy(prompts, GREEDY_TOKENS), strict=True)]
     return [
         Batch.of("short", short),

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightship.evaluation.probe")
     parser.add_argument("target")
     parser.add_argument("folder", type=Path)
-    for option, default in (("--prompt", 256), ("--new", 64), ("--repeats", 5)):
+    for option, default in (("--prompt", speed.PROMPT), ("--new", 64), ("--repeats", 5)):
         parser.add_argument(option, type=int, default=default)
     asked = parser.parse_args(arguments)
     settings = EngineSettings(prefix_cache=False)

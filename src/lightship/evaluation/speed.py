@@ -13,6 +13,7 @@ from lightship.engine import Engine, GenerationParams
 from lightship.errors import EngineError, UsageError
 from lightship.report import Metric
 
+PROMPT = 256  # tokens
 SHORTEST = 1e-9  # seconds; a clock too coarse for a request must not divide by zero
 
 
@@ -20,7 +21,7 @@ def measure_speed(
     open_engine: Callable[[], Engine],
     vocabulary: int | None = None,
     *,
-    prompt: int = 256,
+    prompt: int = PROMPT,
     new_tokens: int = 64,
     repeats: int = 5,
 ) -> list[Metric]:
@@ -37,7 +38,7 @@ def measure_speed(
 
 
 def measure(
-    engine: Engine, vocabulary: int | None = None, *, prompt: int = 256, new_tokens: int = 64, repeats: int = 5
+    engine: Engine, vocabulary: int | None = None, *, prompt: int = PROMPT, new_tokens: int = 64, repeats: int = 5
 ) -> list[Metric]:
     """Median prefill and decode tokens/s over `repeats` after one warm-up; every prompt is new to the prefix cache.
 

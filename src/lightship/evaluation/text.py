@@ -8,8 +8,9 @@ from typing import Any
 
 from lightship.calibration import Encode, Passages, Text, calibration_set, default_text, read_text, render_with
 from lightship.checkpoint import Checkpoint
+from lightship.costs import Amount
 from lightship.errors import UsageError
-from lightship.evaluation import golden, parity
+from lightship.evaluation import golden, parity, speed
 from lightship.recipe import Recipe
 from lightship.template import ChatTemplate, load_template
 from lightship.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ from lightship.tokenizer import load_tokenizer
 CHUNK = 512  # tokens, second half scored, as llama.cpp's perplexity tool does
 CHUNKS = {"quick": 6, "full": 24}
 CALIBRATION_ROWS = 32
+SPEED_REPEATS = {"quick": {"repeats": 3, "new_tokens": 32}, "full": {"repeats": 7, "new_tokens": 64}}
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,26 @@ class Texts:
     score: Passages
     calibrate: tuple[tuple[int, ...], ...]
     describe: dict[str, Any]
+
+
+def amount(recipe: Recipe, context: int) -> Amount:
+    """How many tokens a run of `recipe` computes with a model of `context`, where the text is long enough."""
+    passage, longest = min(CHUNK, context), min(parity.LONG, context)
+    measured = SPEED_REPEATS[recipe.evaluate]
+    greedy = parity.GREEDY_PROMPTS * (parity.GREEDY_PROMPT + parity.GREEDY_TOKENS)
+    return Amount(
+        gate=len(parity.SHORT) * max(parity.SHORT) + longest + greedy,
+        gate_kept=sum(parity.SHORT) + longest + parity.GREEDY_PROMPTS * (parity.GREEDY_TOKENS + 1),
+        longest=longest,
+        greedy=parity.GREEDY_TOKENS,
+        passages=CHUNKS[recipe.evaluate],
+        passage=passage,
+        score_kept=CHUNKS[recipe.evaluate] * (passage - passage // 2),
+        calibrate=CALIBRATION_ROWS * passage if recipe.precision.data_aware else 0,
+        speed_runs=measured["repeats"] + 1,
+        prompt=max(min(speed.PROMPT, context - measured["new_tokens"]), 1),
+        new_tokens=measured["new_tokens"],
+    )
 
 
 def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:

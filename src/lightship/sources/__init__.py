@@ -9,6 +9,7 @@ from pathlib import Path
 from lightship.checkpoint import Checkpoint
 from lightship.errors import SourceError, UsageError
 from lightship.find import find
+from lightship.preflight import Seen, seen_in
 
 GGUF_MAGIC = b"GGUF"
 PICKLE_MAGIC = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, or a bare pickle
@@ -30,7 +31,7 @@ def read(
     """
     path, kind = _look(source)
     if revision is not None and (kind or source == "demo"):
-        raise UsageError(f"{source} has no revisions: it is no hub model", hint="leave --revision out")
+        raise _no_revisions(source)
     if kind == "folder":
         log(f"folder {path} taken, not the hub id" if _is_hub_id(source) else f"reading the folder {path}")
         return _use("huggingface", str(path), folder, log)
@@ -42,7 +43,15 @@ def read(
         log(f"no folder {source} here: taking it as a hub id")
         downloaded = find("sources", "huggingface").download(source, revision, token)
         return _use("huggingface", str(downloaded), folder, log)
-    raise SourceError(
+    raise _nothing(source)
+
+
+def _no_revisions(source: str) -> UsageError:
+    return UsageError(f"{source} has no revisions: it is no hub model", hint="leave --revision out")
+
+
+def _nothing(source: str) -> SourceError:
+    return SourceError(
         f"{source!r} is neither a folder, nor a file, nor a hub id",
         hint="give a checkpoint folder, a .gguf file, a hub id such as org/name, or the word demo",
     )
@@ -54,6 +63,24 @@ def converted_file(source: str) -> Path | None:
     if kind == "file":
         return path
     return find("sources", "demo").file() if kind == "" and source == "demo" else None
+
+
+def peek(source: str, revision: str | None = None) -> Seen:
+    """What the headers of `source` tell. Loads, downloads and writes nothing; raises as `read` does for what it would
+    refuse at a glance."""
+    path, kind = _look(source)
+    file = converted_file(source)
+    if revision is not None and (kind or file):
+        raise _no_revisions(source)
+    if file is not None:
+        seen: Seen = find("sources", _kind(file)).peek(file)
+        return seen
+    if kind == "folder":
+        return seen_in(_use("huggingface", str(path), path, lambda line: None))
+    if _is_hub_id(source):
+        known: Seen = find("sources", "huggingface").cached(source, revision)
+        return known
+    raise _nothing(source)
 
 
 def _look(source: str) -> tuple[Path, str]:

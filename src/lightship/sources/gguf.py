@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import struct
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -11,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from lightship.checkpoint import Checkpoint, now, require, write_json
+from lightship.costs import Shape
 from lightship.errors import SourceError, UnsupportedError
+from lightship.preflight import Seen
 
 EXTRA = "build"
 HALF = {"F16": "float16", "BF16": "bfloat16"}
 BAR = "GGUF tensors...:"
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's codes
+STRING, ARRAY = 8, 9
+HALF_TYPES = {1: "F16", 30: "BF16"}
+TOKENIZER_BYTES = 70  # of tokenizer.json for every token, as seen with 49 152 of them
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -50,6 +58,79 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
     }
     write_json(folder / "lineage.json", [entry])
     return Checkpoint(folder)
+
+
+def peek(path: Path) -> Seen:
+    """The shape of the model in the file, from its header alone and without the package gguf, whose reader takes
+    seconds. Raises `SourceError` when the header is damaged."""
+    values, tensors = _header(path)
+    name = str(values.get("general.architecture"))
+    vocabulary = values.get(f"{name}.vocab_size", values.get("tokenizer.ggml.tokens"))
+    numbers = (values.get(f"{name}.block_count"), values.get(f"{name}.context_length"), vocabulary)
+    layers, context, vocabulary = (each if isinstance(each, int) else 0 for each in numbers)
+    if not layers or not context or not vocabulary:
+        return Seen(path, reason=f"the header of {path.name} does not give layers, context and vocabulary")
+    if values.get(f"{name}.expert_count"):
+        return Seen(path, reason="mixtures of experts have not been measured")
+    elements = {tensor: count for tensor, (_, count) in tensors.items()}
+    types = Counter(HALF_TYPES.get(kind, "F32" if kind == 0 else "quantised") for kind, _ in tensors.values())
+    width = 4 if dtype_for(types) == "float32" else 2
+    parameters = sum(elements.values())
+    return Seen(path, shape=Shape(
+        name, layers, parameters, elements.get("token_embd.weight", 0), "output.weight" not in elements, vocabulary,
+        context, width, parameters * width, vocabulary * TOKENIZER_BYTES, unpacked=path.stat().st_size,
+    ))  # fmt: skip
+
+
+class _Cursor:
+    """Little-endian values, one after the other; past the end `struct.error`."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, code: str) -> Any:
+        found = struct.unpack_from(f"<{code}", self._data, self._at)[0]
+        self._at += struct.calcsize(f"<{code}")
+        return found
+
+    def text(self) -> str:
+        length = self.take("Q")
+        self._at += length
+        return self._data[self._at - length : self._at].decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """A value of a GGUF type; of an array only its length, its elements are passed over."""
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.take(NUMBERS[kind])
+        kind, count = self.take("I"), self.take("Q")
+        if kind in NUMBERS:
+            self._at += count * struct.calcsize(f"<{NUMBERS[kind]}")
+        else:
+            for _ in range(count):
+                self.value(kind)
+        return count
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """(key → value, tensor → (type number, elements)). Format: docs/gguf.md of ggml, version 2 and 3."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data)
+            cursor.take("8s")  # magic and version, which `_open` checks
+            tensor_count, value_count = cursor.take("Q"), cursor.take("Q")
+            values = {cursor.text(): cursor.value(cursor.take("I")) for _ in range(value_count)}
+            tensors = {}
+            for _ in range(tensor_count):
+                name, elements = cursor.text(), 1
+                for _ in range(cursor.take("I")):
+                    elements *= cursor.take("Q")
+                tensors[name] = (cursor.take("I"), elements)
+                cursor.take("Q")  # its offset
+    except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
+        raise SourceError(f"{path} is cut short or damaged: {error}", hint="fetch the file again") from error
+    return values, tensors
 
 
 def tensor_types(path: Path) -> Counter[str]:

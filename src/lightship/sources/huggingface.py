@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lightship.checkpoint import Checkpoint, read_json, require, safetensors_header
 from lightship.errors import SourceError, UnsupportedError
+from lightship.preflight import Seen, seen_in
 from lightship.sources import pickle
 
 EXTRA = "build"
@@ -98,3 +100,22 @@ def download(name: str, revision: str | None, token: str | None = None) -> Path:
         raise UnsupportedError(f"{name!r} is not a hub id: {error}") from error
     except OSError as error:
         raise SourceError(f"{name} could not be fetched: {error}", hint="check the network and try again") from error
+
+
+def cached(name: str, revision: str | None) -> Seen:
+    """What the hub model `name` tells as it lies in the cache, all of it or its configuration. Reaches no network."""
+    require("huggingface_hub")
+    from huggingface_hub import errors, snapshot_download
+
+    missing = Seen(reason=f"{name} is not downloaded yet")
+    try:
+        place = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=WANTED))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return missing  # `download` says what is wrong
+    if not (place / "config.json").is_file():
+        return missing
+    try:
+        weight_files(place)
+    except SourceError:
+        return replace(missing, config=read_json(place / "config.json"))
+    return seen_in(Checkpoint(place))

@@ -16,3 +16,8 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> NoReturn:
         hint="take the safetensors release of this model, or convert it once in a throw-away machine: "
         "torch.load(…, weights_only=True) and safetensors.torch.save_file",
     )
+
+
+def peek(path: Path) -> NoReturn:
+    """Refuse, as `read` does."""
+    read(str(path), path.parent, lambda line: None)

@@ -30,6 +30,7 @@ from lightship.recipe import Precision
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXTRA = "build"
+NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 GRAPH = "openvino_model.xml"
 CARRIED = (
     "config.json",

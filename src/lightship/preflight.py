@@ -1,0 +1,312 @@
+"""Before anything is loaded: what a run will need, and whether this machine and what is installed on it have it.
+
+Each refusal is one error with its way out: a package that is missing, an architecture that the installed transformers
+or the target does not know, too little memory or disk.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightship import costs
+from lightship.checkpoint import Checkpoint, check_config, context_length, require, safetensors_header
+from lightship.costs import Cost, Shape
+from lightship.errors import UnsupportedError
+from lightship.find import find
+from lightship.machine import memory_available
+from lightship.recipe import Recipe
+
+ALWAYS = ("torch", "transformers", "safetensors")  # the original is computed with them, whatever the target
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+MEASURED = "openvino"  # the target that `costs` was fitted to
+CLOSE = 0.9  # a need above this share of what is free is said
+
+
+# ── What is seen ────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What can be known of a source without loading it: where its weights are, its configuration where it has one, and
+    its shape, or the `reason` why nothing is predicted."""
+
+    file: Path | None = None
+    config: Mapping[str, Any] | None = None
+    shape: Shape | None = None
+    reason: str = ""
+
+
+def seen_in(checkpoint: Checkpoint) -> Seen:
+    """What configuration and safetensors headers of a checkpoint tell. Raises `SourceError` where they are damaged."""
+    config, files = checkpoint.config, checkpoint.weight_files
+    largest = max(files, key=lambda path: path.stat().st_size)
+    layers = next((config[key] for key in LAYER_KEYS if isinstance(config.get(key), int)), None)
+    vocabulary, context = config.get("vocab_size"), context_length(config)
+    shapes = [entry["shape"] for path in files for entry in safetensors_header(path).values()]
+    tables = [_product(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary]
+    if any(config.get(key) for key in EXPERT_KEYS):
+        return Seen(largest, config, reason="mixtures of experts have not been measured")
+    if not is_decoder(config):  # encoders have their place here, once they can be converted
+        return Seen(largest, config, reason=f"{_classes(config)} has not been measured, only decoder language models")
+    if layers is None or vocabulary is None or context is None or not tables:
+        return Seen(largest, config, reason="config.json does not give layers, context and a vocabulary as the weights")
+    width = 2 if checkpoint.dtype in ("float16", "bfloat16") else 4
+    return Seen(largest, config, Shape(
+        str(config.get("model_type")), layers, sum(map(_product, shapes)), tables[0], len(tables) == 1, vocabulary,
+        context, width, checkpoint.weight_bytes, _size(checkpoint.folder / "tokenizer.json"),
+    ))  # fmt: skip
+
+
+def is_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of a decoder language model: by its class, and true where it names none."""
+    if config.get("is_encoder_decoder"):
+        return False
+    classes = config.get("architectures") or ()
+    named = decoders().get(str(config.get("model_type")))
+    return not classes or named in classes or any(str(each).endswith("ForCausalLM") for each in classes)
+
+
+def _classes(config: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, config.get("architectures") or ())) or str(config.get("model_type"))
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def look(recipe: Recipe, peek: Callable[[str, str | None], Seen]) -> Seen:
+    """What `peek(source, revision)` sees of the recipe's source. Raises when a package is missing, or the model is one
+    that cannot be loaded or converted."""
+    target = find("targets", recipe.target)
+    require(*ALWAYS, *getattr(target, "NEEDS", ()), extra=target.EXTRA)
+    seen = peek(recipe.source, recipe.revision)
+    if seen.config is not None:
+        check_config(seen.config, recipe.source)
+        check_architecture(seen.config, recipe.target)
+    return seen
+
+
+# ── What is refused ─────────────────────────────────────────────────────────
+
+
+def check_architecture(config: Mapping[str, Any], target: str) -> None:
+    """Raise `UnsupportedError` when the installed transformers does not know the model's type, or knows it and it is no
+    decoder language model: nothing else is converted to `target`."""
+    kind = str(config.get("model_type"))
+    known = model_types()
+    if known and kind not in known:
+        needs = config.get("transformers_version")
+        written = f"; the model was written by {needs}" if needs else ""
+        raise UnsupportedError(
+            f"the installed transformers {metadata.version('transformers')} does not know the architecture {kind!r}"
+            f"{written}",
+            hint="check model_type in config.json, or the version of transformers",
+        )
+    if known and (kind not in decoders() or not is_decoder(config)):
+        raise UnsupportedError(
+            f"target {target} takes decoder language models, and this is {_classes(config)} ({kind})",
+            hint="give a model of a class such as LlamaForCausalLM",
+        )
+
+
+def model_types() -> frozenset[str]:
+    """The model types that the installed transformers knows; empty when it cannot be told."""
+    return frozenset(_mapping("auto_mappings.py", "CONFIG_MAPPING_NAMES")) | frozenset(decoders())
+
+
+def decoders() -> dict[str, str]:
+    """Model type → class of its decoder language model, as the installed transformers has it."""
+    return _mapping("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+def _mapping(file: str, name: str) -> dict[str, str]:
+    """`name = OrderedDict([(key, value), …])` of a file of transformers, read without importing it: that takes seconds,
+    and torch with it. Empty where there is no such file or name."""
+    spec = find_spec("transformers")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "models" / "auto" / file
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+            match node:
+                case ast.Assign(targets=[ast.Name(id=found)], value=ast.Call(args=[pairs])) if found == name:
+                    return dict(ast.literal_eval(pairs))
+    return {}
+
+
+# ── The plan ────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a plan; `cost` is None where nothing is predicted."""
+
+    name: str
+    done: bool
+    cost: Cost | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do: its stages, where it works and writes, what is left to be spent, or why that is unknown."""
+
+    steps: tuple[Step, ...]
+    work: Path
+    out: Path
+    reason: str = ""
+
+    def _left(self) -> Iterator[Cost]:
+        return (step.cost for step in self.steps if step.cost and not step.done)
+
+    @property
+    def predicted(self) -> bool:
+        """Whether every stage has its cost."""
+        return all(step.cost for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Of the stages that are left."""
+        return sum(cost.seconds for cost in self._left())
+
+    @property
+    def memory(self) -> float:
+        """Bytes: the largest need of a stage that is left."""
+        return max((cost.memory for cost in self._left()), default=0.0)
+
+    @property
+    def disk(self) -> float:
+        """Bytes: the most that lies on disk at once, the result included."""
+        kept = most = 0.0
+        for cost in self._left():
+            most = max(most, kept + cost.kept + cost.passing)
+            kept += cost.kept
+        return most
+
+    @property
+    def result(self) -> float:
+        """Bytes of what appears at `out`: what the last stage that keeps anything made."""
+        return next((step.cost.kept for step in reversed(self.steps) if step.cost and step.cost.kept), 0.0)
+
+    def shortages(self) -> Iterator[tuple[bool, str]]:
+        """What there is too little of, or nearly: (too little, sentence)."""
+        needs = [(self.memory, memory_available(), "memory, {} available")]
+        for folder, need in self._places():
+            needs.append((need, shutil.disk_usage(folder).free, f"disk below {folder}, {{}} free"))
+        for need, free, words in needs:
+            if need > CLOSE * free:
+                yield need > free, f"needs about {gigabytes(need)} of {words.format(gigabytes(free))}"
+
+    def _places(self) -> list[tuple[Path, float]]:
+        """Folders on different disks, with the bytes needed there: the result may lie on another than the work."""
+        work, out = existing(self.work), existing(self.out)
+        if work.stat().st_dev == out.stat().st_dev:
+            return [(work, self.disk)]
+        return [(work, self.disk - self.result), (out, self.result)]
+
+    def check(self) -> None:
+        """Raise `UnsupportedError` when memory or disk is too small by the prediction."""
+        for short, sentence in self.shortages():
+            if short:
+                raise UnsupportedError(
+                    sentence, hint="free some, or go on with --ignore-shortage: a prediction can be wrong"
+                )
+
+    def said(self) -> str:
+        """The plan in one line."""
+        done = sum(step.done for step in self.steps)
+        before = f" ({done} of {len(self.steps)} stages are done)" if done else ""
+        if not self.predicted:
+            return f"what it needs is not predicted: {self.reason}{before}"
+        if not self.seconds:
+            return "nothing to do"
+        near = "".join(f"; {sentence}" for _, sentence in self.shortages())
+        return (
+            f"needs about {gigabytes(self.memory)} of memory, {gigabytes(self.disk)} of disk and "
+            f"{duration(self.seconds)}{before}{near}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: bytes and seconds, null where nothing is predicted."""
+        known = self.predicted
+        return {
+            "stages": [_described(step) for step in self.steps],
+            "memory": round(self.memory) if known else None,
+            "disk": round(self.disk) if known else None,
+            "seconds": round(self.seconds, 1) if known else None,
+            "result": round(self.result) if known else None,
+            "not_predicted": self.reason or None,
+            "work": str(self.work),
+            "out": str(self.out),
+        }
+
+
+def plan(
+    recipe: Recipe,
+    seen: Seen,
+    amount: Callable[[Recipe, int], costs.Amount],
+    names: Sequence[str],
+    out: Path,
+    work: Path | None = None,
+    done: Sequence[str] = (),
+) -> Plan:
+    """The stages `names` of `recipe`, those that are `done` marked, with what each costs on this machine.
+
+    `amount(recipe, context)` counts the tokens. `work`: the folder of the stages, by default a hidden one beside `out`.
+    What has not been measured is not predicted.
+    """
+    shape, reason, known = seen.shape, seen.reason, costs.Costs()
+    if recipe.target != MEASURED:
+        shape, reason = None, f"the target {recipe.target} has not been measured"
+    elif recipe.precision.gptq:
+        shape, reason = None, "gptq has not been measured"
+    if shape is not None:
+        rates = costs.rates(seen.file, recipe.precision.arithmetic)
+        known = costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates)
+    steps = tuple(Step(name, name in done, known.get(name)) for name in names)
+    return Plan(steps, work or out.parent / f".{out.name}.partial", out, reason)
+
+
+def _described(step: Step) -> dict[str, Any]:
+    cost = step.cost
+    return {
+        "stage": step.name,
+        "done": step.done,
+        "seconds": None if cost is None else round(cost.seconds, 1),
+        "memory": None if cost is None else round(cost.memory),
+        "disk": None if cost is None else round(cost.kept + cost.passing),
+    }
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def gigabytes(size: float) -> str:
+    """`2.3 GB`; below one in MB, to two digits."""
+    if size >= 0.995e9:
+        return f"{size / 1e9:.1f} GB"
+    megabytes = max(round(size / 1e6), 1)
+    return f"{megabytes if megabytes < 100 else round(megabytes, -1)} MB"
+
+
+def duration(seconds: float) -> str:
+    """About how long, in the unit one would say."""
+    for unit, size in (("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}s"
+    return f"{seconds:.0f} seconds"
