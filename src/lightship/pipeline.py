@@ -279,7 +279,7 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
     recipe = run.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        metrics = _quality(run, checkpoint, runtime, texts.score)
+        metrics = _quality(run, checkpoint, runtime, texts.score, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
         candidate = memory.probe(recipe.target, runtime, **repeats)
@@ -294,14 +294,15 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
     return run.work.stage("evaluate", depends, make)
 
 
-def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, score: Passages) -> list[Metric]:
-    """Both models on the held-out passages, one after the other: they are never in memory together."""
-    with tempfile.TemporaryDirectory(dir=run.work.folder, prefix=".reference-") as folder:
-        original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-        scoring = divergence.record(original, divergence.passage_batches(score), Path(folder))
-        del original
-        gc.collect()
-        found = divergence.compare(scoring, run.target.open_scorer(runtime))
+def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, score: Passages, folder: Path) -> list[Metric]:
+    """Both models on the held-out passages, one after the other: they are never in memory together. What the original
+    says lies in `folder` meanwhile."""
+    original = find("targets", "pytorch").open_scorer(checkpoint.folder)
+    scoring = divergence.record(original, divergence.passage_batches(score), folder)
+    del original
+    gc.collect()
+    found = divergence.compare(scoring, run.target.open_scorer(runtime))
+    shutil.rmtree(folder)
     gc.collect()
     return perplexity.quality(found, score.bytes_per_token * score.scored)
 
