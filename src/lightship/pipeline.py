@@ -29,7 +29,7 @@ from lightship.output import appear, check_out, scratch
 from lightship.papers import manifest_of, published, report_of, write_papers
 from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
-from lightship.sources import converted_file, read
+from lightship.sources import look
 from lightship.work import Progress, Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
@@ -170,22 +170,19 @@ def _gated(run: Run) -> Gated:
 
 
 def _read(run: Run) -> tuple[Checkpoint, Texts]:
-    """The checkpoint, and the tokens to gate, score and calibrate with. Only a file is converted, and so kept."""
-    recipe = run.recipe
-    file = converted_file(recipe.source)
-    if file is None:
-        run.work.announce("read")
-        checkpoint = read(recipe.source, run.work.folder, revision=recipe.revision, log=run.work.say)
+    """The checkpoint, and the tokens to gate, score and calibrate with. Only what is converted is kept."""
+    recipe, number = run.recipe, run.work.announce("read")
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=run.work.say)
+    if found.depends is None:
+        checkpoint = found.read(run.work.folder, run.work.say)
     else:
-        depends = {"sha256": sha256(file)}
-        made = run.work.stage("read", depends, lambda folder: _convert(run, folder / "model"))
-        checkpoint = Checkpoint(made.folder / "model")
+
+        def make(folder: Path) -> None:
+            found.read(folder / "model", run.work.say)
+
+        checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     return checkpoint, cut(recipe, checkpoint)
-
-
-def _convert(run: Run, folder: Path) -> None:
-    read(run.recipe.source, folder, revision=run.recipe.revision, log=run.work.say)
 
 
 def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
@@ -387,19 +384,22 @@ def evaluate(
     bundle: Path,
     source: str,
     *,
+    base: str | None = None,
     text: str | None = None,
     golden: str | None = None,
     level: str = "quick",
     progress: Progress = silent,
 ) -> Report:
-    """Measure the bundle against the original named by `source`, on `text` and on the cases in `golden`.
+    """Measure the bundle against the original named by `source` (for an adapter on `base`), on `text` and on the cases
+    in `golden`.
 
     Writes nothing into the bundle. What is above its limit is marked, not raised.
     """
     opened = Bundle.open(bundle)
-    recipe = Recipe.model_validate(
-        {**opened.manifest["recipe"], "source": source, "text": text, "golden": golden, "evaluate": level}
-    )
+    given = {"source": source, "base": base, "text": text, "golden": golden, "evaluate": level}
+    if source != opened.manifest["recipe"]["source"]:
+        given["revision"] = None
+    recipe = Recipe.model_validate({**opened.manifest["recipe"], **given})
     with tempfile.TemporaryDirectory(prefix="lightship-") as folder:
         run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
         checkpoint, texts = _read(run)

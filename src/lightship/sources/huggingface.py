@@ -33,11 +33,12 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
 
 
 def _refuse_adapter(place: Path) -> None:
-    """A LoRA folder is no model, and loading one beside a model would change the weights unseen."""
+    """An adapter beside a model: loading both would change the weights unseen, loading one would drop the other."""
     if (place / "adapter_config.json").is_file():
         raise UnsupportedError(
-            f"{place} holds an adapter (adapter_config.json), not a whole model",
-            hint="merge it into its base first: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)",
+            f"{place} holds a model and an adapter (adapter_config.json); only one of them can be meant",
+            hint="move adapter_config.json and adapter_model.safetensors into a folder of their own; that folder is "
+            "merged into the base that --base names",
         )
 
 
