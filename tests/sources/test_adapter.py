@@ -99,11 +99,12 @@ LLAMA = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 2, r"^model\.layers\.1\.self_attn\.v_proj": 6},
-                 "alpha_pattern": {"layers.0.self_attn.q_proj": 32}},
+                 "alpha_pattern": {"layers.0.self_attn.q_proj": 32, "q_proj": 3}},
     "dora": {"use_dora": True},
     "all-linear": {"target_modules": "all-linear"},
     "expression": {"target_modules": r".*layers\.1.*(up|down)_proj"},
     "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "a whole name": {"target_modules": ["v_proj", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
     "excluded": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
     "norms saved": {"modules_to_save": ["input_layernorm"]},
 }  # fmt: skip
