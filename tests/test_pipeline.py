@@ -72,7 +72,7 @@ def test_only_results_of_ours_are_replaced(llama, tmp_path):
 
 
 def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
-    from lightship import pipeline
+    from lightship import output
 
     (tmp_path / "old").mkdir()
     (tmp_path / "work" / "new").mkdir(parents=True)
@@ -83,9 +83,9 @@ def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(pipeline.os, "rename", interrupted)
+    monkeypatch.setattr(output.os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline._replace(tmp_path / "work" / "new", tmp_path / "old")
+        output.appear(tmp_path / "work" / "new", tmp_path / "old")
     assert (tmp_path / "old").is_dir() and not (tmp_path / "work" / "replaced").exists()
 
 
