@@ -368,7 +368,6 @@ def _untie(model: PreTrainedModel) -> None:
     if head is not None and head.weight is table.weight:
         head.weight = nn.Parameter(table.weight.detach().clone())
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
 
 
 def _change(name: str, module: Any, parts: Mapping[str, Tensor], scaling: float) -> None:
