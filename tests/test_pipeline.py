@@ -14,7 +14,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation.replay import bucketed
-from lightship.pipeline import check, convert, run, ship
+from lightship.pipeline import check, convert, evaluate, run, ship
 from lightship.recipe import Precision, Recipe, parse_accepts
 from lightship.targets.openvino import properties
 from tests.tiny import tiny_llama
@@ -72,7 +72,7 @@ def test_only_results_of_ours_are_replaced(llama, tmp_path):
 
 
 def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
-    from lightship import pipeline
+    from lightship import output
 
     (tmp_path / "old").mkdir()
     (tmp_path / "work" / "new").mkdir(parents=True)
@@ -83,9 +83,9 @@ def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(pipeline.os, "rename", interrupted)
+    monkeypatch.setattr(output.os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline._replace(tmp_path / "work" / "new", tmp_path / "old")
+        output.appear(tmp_path / "work" / "new", tmp_path / "old")
     assert (tmp_path / "old").is_dir() and not (tmp_path / "work" / "replaced").exists()
 
 
@@ -183,6 +183,18 @@ def test_check_finds_another_model_behind_a_valid_manifest(bundle_path, tmp_path
     pack(forged, {key: manifest[key] for key in manifest if key not in ("files", "format", "version")})
     with pytest.raises(LimitExceeded, match="on this machine"):
         check(forged, repeats=1)
+
+
+def test_the_revision_is_of_the_source_that_was_shipped(bundle_path, llama, tmp_path):
+    """A bundle made from a revision on the hub can be measured against a folder, which has none."""
+    from lightship.bundle import pack
+
+    copy = shutil.copytree(bundle_path, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").unlink()
+    manifest["recipe"].update(source="org/name", revision="v1")
+    pack(copy, {key: manifest[key] for key in manifest if key not in ("files", "format", "version")})
+    assert evaluate(copy, str(llama.folder)).get("kld").value < 1e-5
 
 
 def test_bucketed_divergence_against_the_whole():

@@ -283,7 +283,9 @@ def test_the_names_are_those_that_transformers_has():
 
 
 def test_a_missing_package(llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(preflight.look.__globals__["find"]("targets", "openvino").__dict__, "NEEDS", ("no_such_nncf",))
+    monkeypatch.setitem(
+        preflight.first_look.__globals__["find"]("targets", "openvino").__dict__, "NEEDS", ("no_such_nncf",)
+    )
     with pytest.raises(MissingExtra, match=r"no_such_nncf.*\n.*lightship\[build\]"):
         plan_ship(Recipe(source=str(llama.folder)), tmp_path / "out")
 

@@ -380,18 +380,23 @@ def _resize(layer: Any, sizes: Mapping[str, int]) -> None:
 
 
 def save(
-    model: PreTrainedModel, tokenizer_files_from: Path, folder: Path, lineage_entry: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer_files_from: Path,
+    folder: Path,
+    lineage_entry: Mapping[str, Any],
+    *,
+    after: Checkpoint | None = None,
 ) -> Checkpoint:
-    """Write `model` into the new folder `folder`, with the tokenizer of the checkpoint `tokenizer_files_from`.
+    """Write `model` into the new folder `folder`, with the tokenizer files in `tokenizer_files_from`.
 
-    `lineage_entry` needs `step`; `options`, `source`, `digest` (both of `tokenizer_files_from`) and `time` are filled
-    in, and the earlier lineage is kept. Raises `UsageError` when `folder` holds something already.
+    `lineage_entry` needs `step`; `options`, `source`, `digest` and `time` are filled in, and the lineage of `after` is
+    continued (default: the checkpoint in `tokenizer_files_from`). Raises `UsageError` when `folder` holds something.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", hint="a checkpoint is written into a new folder, never over another")
     if not lineage_entry.get("step"):
         raise UsageError(f"a lineage entry needs the step that it records, got {dict(lineage_entry)}")
-    before = Checkpoint(tokenizer_files_from)
+    before = after or Checkpoint(tokenizer_files_from)
     folder.mkdir(parents=True, exist_ok=True)
     model.config._name_or_path = ""
     model.save_pretrained(folder)
@@ -401,7 +406,7 @@ def save(
     structure = structure_of(model)
     if structure is not None:
         write_json(folder / "structure.json", {"version": STRUCTURE_VERSION, "layers": structure})
-    entry = {"options": {}, "source": tokenizer_files_from.name, "time": now(), **lineage_entry}
+    entry = {"options": {}, "source": before.folder.name, "time": now(), **lineage_entry}
     entry.setdefault("digest", before.digest())
     write_json(folder / "lineage.json", [*before.lineage, entry])
     return Checkpoint(folder)

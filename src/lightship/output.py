@@ -18,9 +18,10 @@ DISK_FULL = 2**20  # bytes left; less is no room for any file of a run
 
 def check_out(out: Path, recipe: Recipe, force: bool, mark: str) -> None:
     """Raise unless `out` may be written: free, or, with `force`, an earlier result of ours (it holds `mark`)."""
-    source = Path(recipe.source).expanduser().resolve()
-    if source.exists() and out.resolve() in (source, *source.parents):
-        raise UsageError(f"{out} holds the source {recipe.source}", hint="choose another --out")
+    for given in filter(None, (recipe.source, recipe.base)):
+        source = Path(given).expanduser().resolve()
+        if source.exists() and out.resolve() in (source, *source.parents):
+            raise UsageError(f"{out} holds the source {given}", hint="choose another --out")
     if out.exists() and not force:
         raise UsageError(f"{out} exists already", hint="choose another --out, or --force to replace it")
     if out.exists() and not (out / mark).is_file():

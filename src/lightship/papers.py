@@ -24,8 +24,13 @@ def published(recipe: Recipe) -> Recipe:
     paths = {
         name: value and Path(value).name for name in ("text", "golden", "out") for value in [getattr(recipe, name)]
     }
-    local = Path(recipe.source).expanduser().exists()
-    return recipe.model_copy(update={**paths, "source": Path(recipe.source).name if local else recipe.source})
+    models = {"source": _placeless(recipe.source), "base": recipe.base and _placeless(recipe.base)}
+    return recipe.model_copy(update={**paths, **models})
+
+
+def _placeless(source: str) -> str:
+    path = Path(source).expanduser()
+    return path.name if path.exists() else source
 
 
 def _verdict(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], metrics: Sequence[Metric]) -> str:
@@ -56,7 +61,13 @@ def _origin(recipe: Recipe, checkpoint: Checkpoint) -> str:
         if entry.get("precision"):
             types = ", ".join(f"{count} {name}" for name, count in entry["precision"].items())
             said += f", unpacked from {entry['source']} ({entry['bytes'] / 1e6:.0f} MB; tensors: {types})"
+        if entry.get("base"):
+            said += f", the adapter {entry['source']} merged into {_named(entry['base'])}"
     return said
+
+
+def _named(base: dict[str, Any]) -> str:
+    return f"{base['source']} at {base['revision']}" if base["revision"] else str(base["source"])
 
 
 def report_of(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric]) -> Report:

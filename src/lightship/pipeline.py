@@ -27,10 +27,10 @@ from lightship.find import find
 from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import manifest_of, published, report_of, write_papers
-from lightship.preflight import Plan, Seen, look, plan
+from lightship.preflight import Plan, Seen, first_look, plan
 from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
-from lightship.sources import converted_file, peek, read
+from lightship.sources import look, peek
 from lightship.work import DONE, NotMade, Progress, Stage, Survey, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
@@ -113,20 +113,20 @@ def plan_ship(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
     """What `ship` would do with the same arguments. Loads, downloads and writes nothing; raises what can be known to
     fail, except for a shortage (`Plan.check`)."""
     check_out(out, recipe, force, MANIFEST)
-    return plan(recipe, look(recipe, peek), amount, tuple(STAGES), out)
+    return plan(recipe, first_look(recipe, peek), amount, tuple(STAGES), out)
 
 
 def plan_convert(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
     """As `plan_ship`, of `convert`."""
     check_out(out, recipe, force, "engine.json")
-    return plan(recipe, look(recipe, peek), amount, CONVERT, out)
+    return plan(recipe, first_look(recipe, peek), amount, CONVERT, out)
 
 
 def plan_run(recipe: Recipe, *, runs: Path = Path("runs")) -> Plan:
     """As `plan_ship`, of `run`, with the stages that are done. Where there are any it hashes the source to know."""
     out, folder = Path(recipe.out or f"bundles/{recipe.label}"), runs / recipe.label
     check_out(out, recipe, True, MANIFEST)
-    seen = look(recipe, peek)
+    seen = first_look(recipe, peek)
     return plan(recipe, seen, amount, tuple(STAGES), out, folder, _finished(recipe, seen, folder, out))
 
 
@@ -234,22 +234,19 @@ def _gated(run: Run) -> Gated:
 
 
 def _read(run: Run) -> tuple[Checkpoint, Texts]:
-    """The checkpoint, and the tokens to gate, score and calibrate with. Only a file is converted, and so kept."""
-    recipe = run.recipe
-    file = converted_file(recipe.source)
-    if file is None:
-        run.work.announce("read")
-        checkpoint = read(recipe.source, run.work.folder, revision=recipe.revision, log=run.work.say)
+    """The checkpoint, and the tokens to gate, score and calibrate with. Only what is converted is kept."""
+    recipe, number = run.recipe, run.work.announce("read")
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=run.work.say)
+    if found.depends is None:
+        checkpoint = found.read(run.work.folder, run.work.say)
     else:
-        depends = {"sha256": sha256(file)}
-        made = run.work.stage("read", depends, lambda folder: _convert(run, folder / "model"))
-        checkpoint = Checkpoint(made.folder / "model")
+
+        def make(folder: Path) -> None:
+            found.read(folder / "model", run.work.say)
+
+        checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     return checkpoint, cut(recipe, checkpoint)
-
-
-def _convert(run: Run, folder: Path) -> None:
-    read(run.recipe.source, folder, revision=run.recipe.revision, log=run.work.say)
 
 
 def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
@@ -343,7 +340,7 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
     recipe = run.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        metrics = _quality(run, checkpoint, runtime, texts.score)
+        metrics = _quality(run, checkpoint, runtime, texts.score, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
         candidate = memory.probe(recipe.target, runtime, **repeats)
@@ -358,14 +355,15 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
     return run.work.stage("evaluate", depends, make)
 
 
-def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, score: Passages) -> list[Metric]:
-    """Both models on the held-out passages, one after the other: they are never in memory together."""
-    with tempfile.TemporaryDirectory(dir=run.work.folder, prefix=".reference-") as folder:
-        original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-        scoring = divergence.record(original, divergence.passage_batches(score), Path(folder))
-        del original
-        gc.collect()
-        found = divergence.compare(scoring, run.target.open_scorer(runtime))
+def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, score: Passages, folder: Path) -> list[Metric]:
+    """Both models on the held-out passages, one after the other: they are never in memory together. What the original
+    says lies in `folder` meanwhile."""
+    original = find("targets", "pytorch").open_scorer(checkpoint.folder)
+    scoring = divergence.record(original, divergence.passage_batches(score), folder)
+    del original
+    gc.collect()
+    found = divergence.compare(scoring, run.target.open_scorer(runtime))
+    shutil.rmtree(folder)
     gc.collect()
     return perplexity.quality(found, score.bytes_per_token * score.scored)
 
@@ -452,19 +450,22 @@ def evaluate(
     bundle: Path,
     source: str,
     *,
+    base: str | None = None,
     text: str | None = None,
     golden: str | None = None,
     level: str = "quick",
     progress: Progress = silent,
 ) -> Report:
-    """Measure the bundle against the original named by `source`, on `text` and on the cases in `golden`.
+    """Measure the bundle against the original named by `source` (for an adapter on `base`), on `text` and on the cases
+    in `golden`.
 
     Writes nothing into the bundle. What is above its limit is marked, not raised.
     """
     opened = Bundle.open(bundle)
-    recipe = Recipe.model_validate(
-        {**opened.manifest["recipe"], "source": source, "text": text, "golden": golden, "evaluate": level}
-    )
+    given = {"source": source, "base": base, "text": text, "golden": golden, "evaluate": level}
+    if source != opened.manifest["recipe"]["source"]:
+        given["revision"] = None
+    recipe = Recipe.model_validate({**opened.manifest["recipe"], **given})
     with tempfile.TemporaryDirectory(prefix="lightship-") as folder:
         run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
         checkpoint, texts = _read(run)

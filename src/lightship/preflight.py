@@ -89,12 +89,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def look(recipe: Recipe, peek: Callable[[str, str | None], Seen]) -> Seen:
-    """What `peek(source, revision)` sees of the recipe's source. Raises when a package is missing, or the model is one
+def first_look(recipe: Recipe, peek: Callable[[str, str | None, str | None], Seen]) -> Seen:
+    """What `peek(source, revision, base)` sees of the source. Raises when a package is missing, or the model is one
     that cannot be loaded or converted."""
     target = find("targets", recipe.target)
     require(*ALWAYS, *getattr(target, "NEEDS", ()), extra=target.EXTRA)
-    seen = peek(recipe.source, recipe.revision)
+    seen = peek(recipe.source, recipe.revision, recipe.base)
     if seen.config is not None:
         check_config(seen.config, recipe.source)
         check_architecture(seen.config, recipe.target)

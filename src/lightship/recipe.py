@@ -58,8 +58,9 @@ class Recipe(_Data):
     version: Literal[1] = VERSION
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$", description="of the run; default SOURCE-PRECISION")
     out: str | None = Field(None, description="where `run` puts the bundle; default bundles/NAME")
-    source: str = Field(description="a folder, a .gguf file, a hub id, or `demo`")
-    revision: str | None = None
+    source: str = Field(description="a folder (model or adapter), a .gguf file, a hub id, or `demo`")
+    revision: str | None = Field(None, description="of the source on the hub; of the base where the source is a folder")
+    base: str | None = Field(None, description="the model that an adapter changes; default: what the adapter names")
     target: str = "openvino"
     precision: Precision = Precision()
     evaluate: Literal["quick", "full"] = "quick"

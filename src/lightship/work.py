@@ -53,13 +53,21 @@ class Work:
         self.progress(f"[{number}/{len(self.names)}] {name}")
         return number
 
-    def stage(self, name: str, depends: Mapping[str, Any], make: Callable[[Path], dict[str, Any] | None]) -> Stage:
+    def stage(
+        self,
+        name: str,
+        depends: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any] | None],
+        *,
+        number: int | None = None,
+    ) -> Stage:
         """The stage `name`, made by `make(folder)` unless it was finished before with the same dependencies.
 
         `depends` (plain data) must hold all that decides the outcome, digests of earlier stages included; the versions
-        of the libraries are added. What `make` returns is kept as the stage's result.
+        of the libraries are added. What `make` returns is kept as the stage's result. `number` comes from `announce`,
+        where the stage was announced already.
         """
-        number = self.announce(name)
+        number = self.announce(name) if number is None else number
         digest, final = self.place(number, name, depends)
         if (final / DONE).is_file():
             self.say("done before")
@@ -93,8 +101,15 @@ class Survey(Work):
     needed: Sequence[str] = ()
     found: list[str] = field(default_factory=list)
 
-    def stage(self, name: str, depends: Mapping[str, Any], make: Callable[[Path], dict[str, Any] | None]) -> Stage:
-        digest, final = self.place(self.announce(name), name, depends)
+    def stage(
+        self,
+        name: str,
+        depends: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any] | None],
+        *,
+        number: int | None = None,
+    ) -> Stage:
+        digest, final = self.place(self.announce(name) if number is None else number, name, depends)
         there = (final / DONE).is_file()
         if there:
             self.found.append(name)

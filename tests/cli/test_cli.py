@@ -12,6 +12,7 @@ import sys
 import time
 
 import httpx
+import numpy as np
 import pytest
 
 from lightship.bundle import Bundle, pack
@@ -134,6 +135,20 @@ def test_a_model_that_cannot_be_shipped(copy, tmp_path, damage, says):
     damage(copy)
     refused("ship", copy, "-o", tmp_path / "out" / "bundle", says=says)
     assert list((tmp_path / "out").glob("*")) == []  # what preflight refuses does not even make the folder
+
+
+def test_an_adapter_without_its_base(llama, tmp_path):
+    from safetensors.numpy import save_file
+
+    adapter, out = tmp_path / "adapter", tmp_path / "out" / "bundle"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: np.ones((8, 32), np.float32)}, adapter / "adapter_model.safetensors")
+    refused("ship", adapter, "-o", out, says=["does not name its base", "--base PATH|HUB_ID"])
+    says = ["does not fit", "lora_A.weight: expected 8×64, found 8×32", "--base"]
+    refused("ship", adapter, "--base", llama.folder, "-o", out, says=says)
+    assert list(out.parent.iterdir()) == []
 
 
 def test_a_cut_gguf(tmp_path):

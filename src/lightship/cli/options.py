@@ -12,6 +12,7 @@ from lightship.cli.completion import models
 from lightship.errors import UsageError
 from lightship.recipe import PRECISIONS, Precision, Recipe, explain
 
+OPTIONAL = ("accept", "text", "revision", "base", "evaluate", "golden")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -32,6 +33,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--accept", multiple=True, metavar='"kld<=X"', help="Replace the default limit, on the record."),
         click.option("--text", type=click.Path(), help="Calibrate and score on this file: plain text, or chat JSONL."),
         click.option("--revision", help="Revision of a hub model."),
+        click.option("--base", metavar="PATH|HUB_ID", help="The model that an adapter changes (default: as it says)."),
         click.option("--force", is_flag=True, help="Replace an earlier result."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ])  # fmt: skip
@@ -66,7 +68,7 @@ def recipe_of(source: str, **given: Any) -> Recipe:
         return Recipe(
             source=source,
             precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
-            **{name: given[name] for name in ("accept", "text", "revision", "evaluate", "golden") if name in given},
+            **{name: given[name] for name in OPTIONAL if name in given},
         )
     except ValidationError as error:
         raise UsageError(explain(error)) from error

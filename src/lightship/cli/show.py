@@ -33,11 +33,15 @@ def command(bundle: str, as_json: bool) -> None:
 
 
 def _source(source: dict[str, Any]) -> str:
-    """Name, dtype and digest, and every step that led to it with the precisions it had before."""
-    steps = [f"{entry['step']} ({_plain(entry.get('precision') or {}) or 'no change of precision'})"
-             for entry in source.get("lineage", ())]  # fmt: skip
+    """Name, dtype and digest, and every step that led to it with the precisions or the base it had before."""
+    steps = [f"{entry['step']} ({_before(entry)})" for entry in source.get("lineage", ())]
     came = f"; came by {', '.join(steps)}" if steps else ""
     return f"{source['name']}, {source['dtype']}, digest {source['digest'][:16]}{came}"
+
+
+def _before(entry: dict[str, Any]) -> str:
+    base = entry.get("base")
+    return f"on {_plain(base)}" if base else _plain(entry.get("precision") or {}) or "no change of precision"
 
 
 def _plain(values: dict[str, Any]) -> str:

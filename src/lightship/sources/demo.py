@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import MissingExtra
+from lightship.preflight import Seen
 from lightship.sources import gguf
 
 
@@ -26,3 +27,8 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
     path = file()
     log(f"demo model {path.name}, Apache-2.0")
     return gguf.read(str(path), folder, log)
+
+
+def peek(path: Path) -> Seen:
+    """What the header of the file in the package tells."""
+    return gguf.peek(path)

@@ -35,11 +35,12 @@ def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
 
 
 def _refuse_adapter(place: Path) -> None:
-    """A LoRA folder is no model, and loading one beside a model would change the weights unseen."""
+    """An adapter beside a model: loading both would change the weights unseen, loading one would drop the other."""
     if (place / "adapter_config.json").is_file():
         raise UnsupportedError(
-            f"{place} holds an adapter (adapter_config.json), not a whole model",
-            hint="merge it into its base first: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(…)",
+            f"{place} holds a model and an adapter (adapter_config.json); only one of them can be meant",
+            hint="move adapter_config.json and adapter_model.safetensors into a folder of their own; that folder is "
+            "merged into the base that --base names",
         )
 
 
@@ -102,6 +103,11 @@ def download(name: str, revision: str | None, token: str | None = None) -> Path:
         raise SourceError(f"{name} could not be fetched: {error}", hint="check the network and try again") from error
 
 
+def peek(path: Path) -> Seen:
+    """What configuration and headers of the folder `path` tell. Raises as `read` does."""
+    return seen_in(read(str(path), path, lambda line: None))
+
+
 def cached(name: str, revision: str | None) -> Seen:
     """What the hub model `name` tells as it lies in the cache, all of it or its configuration. Reaches no network."""
     require("huggingface_hub")
@@ -113,7 +119,7 @@ def cached(name: str, revision: str | None) -> Seen:
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return missing  # `download` says what is wrong
     if not (place / "config.json").is_file():
-        return missing
+        return replace(missing, reason=f"{name} lies in the cache and is no whole model")
     try:
         weight_files(place)
     except SourceError:

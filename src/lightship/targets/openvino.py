@@ -109,8 +109,8 @@ def _drop_recorded_precision(graph: Any) -> None:
 
 
 def _simplify(graph: Any) -> None:
-    """Apply OpenVINO's own common simplifications, as its converter does for other frameworks: the demo model then
-    loads in 1.8 instead of 2.5 s. Constants are not folded, so weights stay as they are."""
+    """Apply OpenVINO's own common simplifications, as its converter does for other frameworks: the graph then
+    loads faster. Constants are not folded, so weights stay as they are."""
     from openvino._offline_transformations import apply_moc_transformations
 
     apply_moc_transformations(graph, cf=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ class TorchScorer:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        wide = checkpoint.dtype not in ("float16", "bfloat16")
-        self._model = checkpoint.load("float32" if wide else None)
-        self._narrow = [] if wide else [module for module in self._model.modules() if _narrow_parameters(module)]
+        self._wide = checkpoint.dtype not in ("float16", "bfloat16")
+        self._model = checkpoint.load("float32" if self._wide else None)
 
     def logits(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return np.concatenate(list(self.blocks(ids, mask, ids.shape[1])), axis=1)
@@ -39,7 +39,7 @@ class TorchScorer:
         import torch
 
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-        with torch.inference_mode(), self._widened():
+        with torch.inference_mode(), _in_float32(self._model):
             logits = self._model(
                 input_ids=torch.from_numpy(ids),
                 attention_mask=torch.from_numpy(mask),
@@ -49,19 +49,6 @@ class TorchScorer:
         for start in range(0, ids.shape[1], size):
             yield logits[:, start : start + size].float().numpy()
 
-    @contextlib.contextmanager
-    def _widened(self) -> Iterator[None]:
-        """Every module's 16-bit parameters are float32 while it runs."""
-        handles = []
-        for module in self._narrow:
-            handles.append(module.register_forward_pre_hook(_widen))
-            handles.append(module.register_forward_hook(_restore, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """The greedy continuations of prompts of one length in the checkpoint's own dtype, `new_tokens` long
         (end-of-text does not stop them)."""
@@ -70,7 +57,7 @@ class TorchScorer:
         ids = torch.tensor([list(prompt) for prompt in prompts])
         cache: Any = None
         found = []
-        with torch.inference_mode():
+        with torch.inference_mode(), _in_float32(self._model) if self._wide else contextlib.nullcontext():
             for _ in range(new_tokens):
                 out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache = out.past_key_values
@@ -80,10 +67,52 @@ class TorchScorer:
         return continuations
 
 
+@contextlib.contextmanager
+def _in_float32(model: Any) -> Iterator[None]:
+    """`model` computes in float32: the 16-bit parameters of each module are widened while it runs."""
+    import torch
+
+    linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    widest = max((module.weight.numel() for module in linear if _is_narrow(module.weight)), default=0)
+    room = torch.empty(widest)  # fresh memory for each weight would cost ten times the copy
+    handles = []
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.forward = functools.partial(_linear, module, room)
+        elif type(module) is torch.nn.Embedding:  # a lookup is exact in any dtype: the table need not be widened
+            handles.append(module.register_forward_hook(lambda module, arguments, output: output.float()))
+        elif _narrow_parameters(module):
+            handles.append(module.register_forward_pre_hook(_widen))
+            handles.append(module.register_forward_hook(_restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in linear:
+            del module.forward
+
+
+def _linear(module: Any, room: Any, inputs: Any) -> Any:
+    """What `module` computes, through oneDNN: PyTorch's own choice for float32, MKL, is up to three times slower on
+    processors that are not Intel's (`python -m benchmarks.linear`)."""
+    import torch
+
+    weight, bias = module.weight, module.bias
+    if _is_narrow(weight):
+        weight = room[: weight.numel()].view_as(weight).copy_(weight)
+    if not torch.backends.mkldnn.is_available():
+        return torch.nn.functional.linear(inputs, weight, bias if bias is None else bias.float())
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias if bias is None else bias.float(), "none", [], "")
+
+
+def _is_narrow(parameter: Any) -> bool:
+    return bool(parameter.is_floating_point() and parameter.element_size() == 2)
+
+
 def _narrow_parameters(module: Any) -> dict[str, Any]:
     """The module's own parameters of 16-bit floats, those of its children left out."""
-    own = module.named_parameters(recurse=False)
-    return {name: each for name, each in own if each.is_floating_point() and each.element_size() == 2}
+    return {name: each for name, each in module.named_parameters(recurse=False) if _is_narrow(each)}
 
 
 def _widen(module: Any, arguments: Any) -> None:
