@@ -31,6 +31,10 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "*.model",
 )  # fmt: skip
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "structure.json",
+)  # fmt: skip
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -219,6 +223,23 @@ class Checkpoint:
                 hint="check model_type in config.json, or the version of transformers",
             ) from error
         return self._load(parsed, kept) if structure is None else self._load_cut(parsed, kept, structure)
+
+    def carry(self, folder: Path) -> Any:
+        """Copy the configuration and tokenizer files that a runtime folder carries; returns the fast tokenizer, saved
+        as `tokenizer.json`. Raises `UnsupportedError` when the model has none."""
+        from transformers import AutoTokenizer
+
+        for name in CARRIED:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedError(
+                f"{self.folder} has no fast tokenizer (tokenizer.json)",
+                hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)",
+            )
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        return tokenizer
 
     def _refuse(self, config: dict[str, Any]) -> None:
         if "auto_map" in config:

@@ -19,7 +19,7 @@ from lightship.bundle import MANIFEST, Bundle, pack
 from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
 from lightship.engine import EngineSettings
-from lightship.errors import LimitExceeded, UsageError
+from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
 from lightship.evaluation.divergence import Reference
 from lightship.evaluation.text import Texts, cut
@@ -62,6 +62,7 @@ def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress =
 
     Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`.
     """
+    recipe = settled(recipe, progress)
     check_out(out, recipe, force, MANIFEST)
     with scratch(out) as folder:
         run = Run(recipe, Work(folder / "run", tuple(STAGES), progress))
@@ -74,6 +75,7 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
     A changed option redoes what depends on it; other versions of the libraries redo everything. A bundle that is
     already up to date is verified and returned as it is.
     """
+    recipe = settled(recipe, progress)
     out = Path(recipe.out or f"bundles/{recipe.label}")
     check_out(out, recipe, True, MANIFEST)
     work = Work(runs / recipe.label, tuple(STAGES), progress)
@@ -93,6 +95,22 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
         bundle = _pack(Run(recipe, work), built, out, folder)
         write_json(made, {"inputs": inputs, "bundle": bundle.digest})
     return bundle
+
+
+def settled(recipe: Recipe, progress: Progress = silent) -> Recipe:
+    """`recipe` as its target will carry it out, said where that differs; asked before any work.
+
+    Raises `UnknownName`, or `UnsupportedError` for what the target cannot do.
+    """
+    target = find("targets", recipe.target)
+    if not hasattr(target, "export"):
+        raise UnsupportedError(f"the target {recipe.target!r} is not made to be shipped", hint="use openvino or onnx")
+    if not hasattr(target, "settle"):
+        return recipe
+    precision, notes = target.settle(recipe.precision)
+    for note in notes:
+        progress(note)
+    return recipe.model_copy(update={"precision": precision})
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────
@@ -256,7 +274,7 @@ def _gate_candidate(run: Run, runtime: Stage, original: Stage, gate: Reference) 
 
 
 def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> Stage:
-    """Gate the path that serves, continuous batching over a paged cache."""
+    """Gate the path that serves, such as continuous batching over a paged cache."""
     limit = run.recipe.kld_limit()
 
     def make(folder: Path) -> dict[str, Any]:
@@ -373,6 +391,7 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 
 def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Path:
     """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
+    recipe = settled(recipe, progress)
     check_out(out, recipe, force, "engine.json")
     with scratch(out) as folder:
         gated = _gated(Run(recipe, Work(folder / "run", CONVERT, progress)))

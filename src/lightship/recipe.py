@@ -61,7 +61,7 @@ class Recipe(_Data):
     source: str = Field(description="a folder (model or adapter), a .gguf file, a hub id, or `demo`")
     revision: str | None = Field(None, description="of the source on the hub; of the base where the source is a folder")
     base: str | None = Field(None, description="the model that an adapter changes; default: what the adapter names")
-    target: str = "openvino"
+    target: str = Field("openvino", description="runtime format: openvino, or onnx (one request at a time)")
     precision: Precision = Precision()
     evaluate: Literal["quick", "full"] = "quick"
     text: str | None = Field(None, description="file to score on: plain text or chat JSONL")
@@ -78,7 +78,8 @@ class Recipe(_Data):
     def label(self) -> str:
         """The run's name."""
         source = Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
-        return self.name or f"{source}-{self.precision.name}"
+        other = "" if self.target == "openvino" else f"-{self.target}"
+        return self.name or f"{source}-{self.precision.name}{other}"
 
     def kld_limit(self) -> float:
         """The limit on mean KLD, an accepted one before the default."""

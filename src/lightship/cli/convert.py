@@ -10,7 +10,6 @@ import click
 
 from lightship.cli.display import stages
 from lightship.cli.options import build_options, recipe_of
-from lightship.cli.ship import default_out
 
 
 @click.command()
@@ -20,7 +19,7 @@ def command(source: str, out: str | None, force: bool, as_json: bool, **given: A
     from lightship.pipeline import CONVERT, STAGES, convert
 
     recipe = recipe_of(source, **given)
-    folder = Path(out) if out else Path(f"{default_out(source, recipe.precision.name)}-{recipe.target}")
+    folder = Path(out) if out else Path(f"{recipe.label}-runtime")
     with stages({name: STAGES[name] for name in CONVERT}) as progress:
         convert(recipe, folder, force=force, progress=progress)
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"runtime folder: {folder}")

@@ -21,6 +21,8 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("source"),
         click.option("--out", "-o", type=click.Path(), help="Where the result goes (default: a name in this folder)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
+        click.option("--target", default="openvino", show_default=True, metavar="openvino|onnx",
+                     help="Runtime format (`lightship list` names all); onnx serves one request at a time."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
                      help="What it computes in; auto is the processor's fastest."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
@@ -58,6 +60,7 @@ def recipe_of(source: str, **given: Any) -> Recipe:
     try:
         return Recipe(
             source=source,
+            target=given["target"],
             precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
             **{name: given[name] for name in OPTIONAL if name in given},
         )

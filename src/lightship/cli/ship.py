@@ -12,12 +12,6 @@ from lightship.cli.display import stages
 from lightship.cli.options import build_options, evaluation_options, recipe_of
 
 
-def default_out(source: str, precision: str) -> Path:
-    """`./NAME-PRECISION`, NAME from the last part of the source."""
-    name = Path(source.rstrip("/")).name.removesuffix(".gguf") or "model"
-    return Path(f"{name}-{precision}")
-
-
 @click.command()
 @build_options
 @evaluation_options
@@ -26,7 +20,7 @@ def command(source: str, out: str | None, force: bool, as_json: bool, **given: A
     from lightship.pipeline import STAGES, ship
 
     recipe = recipe_of(source, **given)
-    folder = Path(out) if out else default_out(source, recipe.precision.name)
+    folder = Path(out) if out else Path(recipe.label)
     with stages(STAGES) as progress:
         bundle = ship(recipe, folder, force=force, progress=progress)
     if as_json:

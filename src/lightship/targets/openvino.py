@@ -31,15 +31,6 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXTRA = "build"
 GRAPH = "openvino_model.xml"
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "structure.json",
-)
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
 # fp32 the other approximations are off too; the rest take the runtime's default arithmetic for this processor.
@@ -67,8 +58,7 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     _drop_recorded_precision(graph)
     _simplify(graph)
     ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
-    carry_files(checkpoint.folder, folder)
-    _write_tokenizer(checkpoint.folder, folder)
+    _write_tokenizer(checkpoint.carry(folder), folder)
 
 
 def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
@@ -115,26 +105,11 @@ def _simplify(graph: Any) -> None:
     apply_moc_transformations(graph, cf=False)
 
 
-def carry_files(source: Path, folder: Path) -> None:
-    """Copy the configuration and tokenizer files that a runtime folder carries."""
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _write_tokenizer(source: Path, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Put OpenVINO's tokenizer and detokenizer beside `tokenizer.json` and check that they give the same ids."""
     import openvino as ov
     import openvino_tokenizers
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError(
-            f"{source} has no fast tokenizer (tokenizer.json)",
-            hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)",
-        )
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     with output_on_stderr():
         encoder, decoder = openvino_tokenizers.convert_tokenizer(
             tokenizer, with_detokenizer=True, skip_special_tokens=True
