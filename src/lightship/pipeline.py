@@ -1,7 +1,8 @@
 """The walk of a model through the house: read → reference → export → gate → quantise → gate → evaluate → pack.
 
-The only module that knows several stages. Everything happens in a work folder beside the output; the bundle
-appears under its name in one rename at the end, so an interrupted run leaves nothing that looks complete.
+Beside `encoder_pipeline`, the walk of an encoder, the only module that knows several stages. Everything happens in a
+work folder beside the output; the bundle appears under its name in one rename at the end, so an interrupted run leaves
+nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lightship import encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle, pack
 from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
@@ -37,6 +39,7 @@ SPEED_REPEATS = {"quick": {"repeats": 3, "new_tokens": 32}, "full": {"repeats": 
 # Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
 STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
           "evaluate": 33, "pack": 1}  # fmt: skip
+TARGET = "openvino"  # of decoders, when the recipe names none
 CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
 
 
@@ -54,7 +57,12 @@ class Run:
     @property
     def target(self) -> ModuleType:
         """The module of the runtime format."""
-        return find("targets", self.recipe.target)
+        return find("targets", self.name)
+
+    @property
+    def name(self) -> str:
+        """What the runtime format is called."""
+        return self.recipe.target or TARGET
 
 
 def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Bundle:
@@ -62,11 +70,12 @@ def ship(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress =
 
     Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`.
     """
-    recipe = settled(recipe, progress)
     check_out(out, recipe, force, MANIFEST)
+    recipe, encoders = settled(recipe, progress)
+    names = encoder_pipeline.stages(encoders) if encoders else tuple(STAGES)
     with scratch(out) as folder:
-        run = Run(recipe, Work(folder / "run", tuple(STAGES), progress))
-        return _pack(run, _build(run), out, folder)
+        work = Work(folder / "run", names, progress)
+        return _seal(recipe, work, _built(recipe, work, encoders), out, folder)
 
 
 def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silent) -> Bundle:
@@ -75,14 +84,14 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
     A changed option redoes what depends on it; other versions of the libraries redo everything. A bundle that is
     already up to date is verified and returned as it is.
     """
-    recipe = settled(recipe, progress)
     out = Path(recipe.out or f"bundles/{recipe.label}")
     check_out(out, recipe, True, MANIFEST)
-    work = Work(runs / recipe.label, tuple(STAGES), progress)
+    recipe, encoders = settled(recipe, progress)
+    work = Work(runs / recipe.label, encoder_pipeline.stages(encoders) if encoders else tuple(STAGES), progress)
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / "bundle.json"
     with scratch(out) as folder:
-        built = _build(Run(recipe, work))
+        built = _built(recipe, work, encoders)
         inputs = digest_of([published(recipe).model_dump(mode="json"), built.digests])
         if out.exists():
             known = read_json(made) if made.is_file() else {}
@@ -92,25 +101,41 @@ def run(recipe: Recipe, *, runs: Path = Path("runs"), progress: Progress = silen
                 return bundle
             if known.get("bundle") != bundle.digest:
                 raise UsageError(f"{out} holds another bundle, not made by this run", hint="move it, or change `out`")
-        bundle = _pack(Run(recipe, work), built, out, folder)
+        bundle = _seal(recipe, work, built, out, folder)
         write_json(made, {"inputs": inputs, "bundle": bundle.digest})
     return bundle
 
 
-def settled(recipe: Recipe, progress: Progress = silent) -> Recipe:
-    """`recipe` as its target will carry it out, said where that differs; asked before any work.
+def settled(recipe: Recipe, progress: Progress = silent) -> tuple[Recipe, tuple[str, ...]]:
+    """`recipe` as its target will carry it out, said where that differs, and, for an encoder, its targets (none for a
+    decoder); asked before any work.
 
     Raises `UnknownName`, or `UnsupportedError` for what the target cannot do.
     """
-    target = find("targets", recipe.target)
+    name = recipe.target or TARGET
+    target = find("targets", name)
     if not hasattr(target, "export"):
-        raise UnsupportedError(f"the target {recipe.target!r} is not made to be shipped", hint="use openvino or onnx")
-    if not hasattr(target, "settle"):
-        return recipe
-    precision, notes = target.settle(recipe.precision)
-    for note in notes:
-        progress(note)
-    return recipe.model_copy(update={"precision": precision})
+        raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=silent)
+    if found.kind == "huggingface" and Checkpoint(found.path).kind != "decoder":
+        return recipe, encoder_pipeline.targets_of(recipe, progress)
+    precision = recipe.precision
+    if hasattr(target, "settle"):
+        precision, notes = target.settle(precision)
+        for note in notes:
+            progress(note)
+    return recipe.model_copy(update={"precision": precision, "target": name}), ()
+
+
+def _built(recipe: Recipe, work: Work, encoders: tuple[str, ...]) -> Built | encoder_pipeline.Built:
+    return encoder_pipeline.build(recipe, work, encoders) if encoders else _build(Run(recipe, work))
+
+
+def _seal(recipe: Recipe, work: Work, built: Built | encoder_pipeline.Built, out: Path, folder: Path) -> Bundle:
+    """Seal the bundle beside `out`, then let it appear under its name in one rename."""
+    if isinstance(built, Built):
+        return _pack(Run(recipe, work), built, out, folder)
+    return encoder_pipeline.seal(recipe, work, built, out, folder)
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────
@@ -217,7 +242,7 @@ def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
 def _export(run: Run, checkpoint: Checkpoint) -> Stage:
     """Export at the dtype that the precision asks for."""
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(run.recipe.precision.name)
-    depends = {"checkpoint": checkpoint.digest(), "target": run.recipe.target, "dtype": dtype}
+    depends = {"checkpoint": checkpoint.digest(), "target": run.name, "dtype": dtype}
     return run.work.stage("export", depends, lambda folder: run.target.export(checkpoint, folder / "runtime", dtype))
 
 
@@ -297,7 +322,7 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
         metrics = _quality(run, checkpoint, runtime, texts.score, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
-        candidate = memory.probe(recipe.target, runtime, **repeats)
+        candidate = memory.probe(run.name, runtime, **repeats)
         metrics += memory.paired(original, candidate)
         metrics.append(memory.size_metric(runtime, checkpoint.size_bytes))
         if recipe.golden is not None:
@@ -341,13 +366,12 @@ def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -
 
 
 def _pack(run: Run, built: Built, out: Path, folder: Path) -> Bundle:
-    """Seal the bundle beside `out`, then let it appear under its name in one rename."""
     run.work.announce("pack")
     gated, content = built.gated, folder / "content"
-    shutil.copytree(gated.runtime.folder / "runtime", content / "targets" / run.recipe.target)
+    shutil.copytree(gated.runtime.folder / "runtime", content / "targets" / run.name)
     replay.write(divergence.reopen(gated.original.folder), content / "golden")
     write_papers(content, run.recipe, report_of(run.recipe, gated.checkpoint, gated.texts.describe, built.metrics))
-    bundle = pack(content, manifest_of(run.recipe, gated.checkpoint, out.name))
+    bundle = pack(content, manifest_of(run.recipe, gated.checkpoint, out.name, [run.name]))
     appear(bundle.folder, out)
     return Bundle.open(out)
 
@@ -365,15 +389,18 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
     target = bundle.targets[0]
     runtime = bundle.target_folder(target)
     progress("[2/3] divergence")
-    kld = replay.replay(*bundle.golden(), find("targets", target).open_scorer(runtime))
+    if bundle.kind == "decoder":
+        found = replay.replay(*bundle.golden(), find("targets", target).open_scorer(runtime))
+        found = replace(found, limit=float(bundle.report.meta["limit_kld"]))
+    else:
+        found = encoder_pipeline.replayed(bundle, target)
     progress("[3/3] speed and memory")
     shipped = {metric.name: metric for metric in bundle.report.metrics}
-    measured = [kld, *memory.probe(target, runtime, repeats=repeats)]
+    measured = [found, *memory.probe(target, runtime, repeats=repeats)]
     metrics = [replace(m, baseline=shipped[m.name].value if m.name in shipped else m.baseline) for m in measured]
-    limit = float(bundle.report.meta["limit_kld"])
-    metrics[0] = replace(metrics[0], limit=limit)
-    if not kld.value <= limit:
-        raise LimitExceeded(f"on this machine mean KLD is {kld.value:.3g}, above the bundle's limit {limit:g}",
+    what = "1 − mean cosine" if bundle.kind == "embedder" else "mean KLD"
+    if not found.passed:
+        raise LimitExceeded(f"on this machine {what} is {found.value:.3g}, above the bundle's limit {found.limit:g}",
                             hint="its settings or libraries differ from where it was shipped")  # fmt: skip
     meta = {
         "title": f"{bundle.name} on this machine",
@@ -381,7 +408,7 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
         "bundle": bundle.digest,
         "machine": machine(),
         "versions": versions(),
-        "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})",
+        "verdict": f"intact; {what} {found.value:.2g} here (limit {found.limit:g})",
     }
     return Report(tuple(metrics), meta)
 
@@ -390,12 +417,18 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 
 
 def convert(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent) -> Path:
-    """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
-    recipe = settled(recipe, progress)
+    """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle. Of an
+    encoder only for the first of its targets."""
     check_out(out, recipe, force, "engine.json")
+    recipe, encoders = settled(recipe, progress)
+    names = encoder_pipeline.stages(encoders[:1], convert=True) if encoders else CONVERT
     with scratch(out) as folder:
-        gated = _gated(Run(recipe, Work(folder / "run", CONVERT, progress)))
-        appear(gated.runtime.folder / "runtime", out)
+        work = Work(folder / "run", names, progress)
+        if encoders:
+            runtime = encoder_pipeline.gated(recipe, work, encoders[:1]).runtime(encoders[0])
+        else:
+            runtime = _gated(Run(recipe, work)).runtime.folder / "runtime"
+        appear(runtime, out)
     return out
 
 
@@ -420,11 +453,15 @@ def evaluate(
         given["revision"] = None
     recipe = Recipe.model_validate({**opened.manifest["recipe"], **given})
     with tempfile.TemporaryDirectory(prefix="lightship-") as folder:
-        run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
-        checkpoint, texts = _read(run)
-        runtime = opened.target_folder(recipe.target)
-        measured = _metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest))
-        report = report_of(recipe, checkpoint, texts.describe, measured)
+        work = Work(Path(folder), ("read", "evaluate"), progress)
+        if opened.kind == "decoder":
+            run = Run(recipe, work)
+            checkpoint, texts = _read(run)
+            runtime = opened.target_folder(run.name)
+            measured = _metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest))
+            report = report_of(recipe, checkpoint, texts.describe, measured)
+        else:
+            checkpoint, report = encoder_pipeline.evaluate(recipe, opened, work)
         if checkpoint.digest() != opened.manifest["source"]["digest"]:
             report.meta["verdict"] += f"; {source} is not the model this bundle was made from"
         return report

@@ -1,4 +1,4 @@
-"""ONNX Runtime: decoders as one graph for prefill and decode, rounded to 8 or 4 bits, one sequence at a time."""
+"""ONNX Runtime: decoders as one graph in 8 or 4 bits, one sequence at a time; encoders as a plain graph."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
 from lightship.sampling import choose, log_softmax
+from lightship.targets import _onnx_encoder
 
 EXTRA = "build"
 GRAPH = "model.onnx"
@@ -64,9 +65,11 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
 
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
-    """Write `checkpoint` as one float32 graph: batch, past and new length dynamic, left padding by the attention mask.
+    """Write `checkpoint` as one float32 graph: batch and length dynamic, padding by the attention mask, on the left for
+    a decoder, on the right for an encoder.
 
-    Keys and values go in and out (`input.past_key_values…`, `output.past_key_values…`); an empty past is a prefill.
+    A decoder's keys and values go in and out (`input.past_key_values…`, `output.past_key_values…`); an empty past is a
+    prefill.
     Raises `UnsupportedError` for another `dtype` than float32 and for architectures that cannot be traced or keep
     another state than keys and values.
     """
@@ -75,10 +78,20 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     if dtype not in (None, "float32"):
         raise UnsupportedError(f"ONNX graphs are exported in float32, not {dtype}")
     folder.mkdir(parents=True, exist_ok=True)
-    model = _trace(checkpoint)
-    _tidy(model, checkpoint)
+    if checkpoint.kind != "decoder":
+        model = _onnx_encoder.trace(checkpoint)
+        _forget(model)
+        checkpoint.carry_files(folder)
+    else:
+        model = _trace(checkpoint)
+        _tidy(model, checkpoint)
+        checkpoint.carry(folder)
     onnx_ir.save(model, folder / GRAPH, external_data=DATA)
-    checkpoint.carry(folder)
+
+
+def settle_encoder(precision: Precision) -> None:
+    """Raise `UnsupportedError` for precisions at which encoders are not shipped."""
+    _onnx_encoder.refuse(precision)
 
 
 def _trace(checkpoint: Checkpoint) -> Any:
@@ -115,8 +128,8 @@ def _trace(checkpoint: Checkpoint) -> Any:
 
 
 def _tidy(model: Any, checkpoint: Checkpoint) -> None:
-    """Drop what the exporter recorded of this machine (stack traces), and write heads and width of the cache into the
-    inputs. Raises `UnsupportedError` for a state that is not keys and values."""
+    """Forget what the exporter recorded, and write heads and width of the cache into the inputs. Raises
+    `UnsupportedError` for a state that is not keys and values."""
     graph = model.graph
     outputs = {value.name: value for value in graph.outputs}
     for value in graph.inputs:
@@ -129,6 +142,12 @@ def _tidy(model: Any, checkpoint: Checkpoint) -> None:
                 f"the architecture {checkpoint.config.get('model_type')!r} needs the input {value.name!r} in ONNX",
                 hint="supported are decoders that keep nothing but keys and values",
             )
+    _forget(model)
+
+
+def _forget(model: Any) -> None:
+    """Drop what the exporter recorded of this machine (stack traces)."""
+    graph = model.graph
     for each in (model, graph, *graph, *graph.inputs, *graph.initializers.values()):
         each.metadata_props.clear()
     for node in graph:
@@ -138,7 +157,8 @@ def _tidy(model: Any, checkpoint: Checkpoint) -> None:
 
 
 def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
-    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`; `calibration` is not used.
+    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`; `calibration` is not used. For
+    encoders see `_onnx_encoder.quantise`; of decoders:
 
     Symmetric, one float32 scale for a group of weights along the input. In int4, embedding and head take 8 bits unless
     `precision.all_layers`. A matrix used twice, such as a tied table, is stored once.
@@ -147,6 +167,20 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
     second time, reads embeddings in 4 bits only, leaves `Gemm` alone (GPT-2) and turns on logging at import. The layout
     and the rounding are the same, held by a test.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if Checkpoint(source).kind != "decoder":
+        _onnx_encoder.quantise(source / GRAPH, folder / GRAPH, DATA)
+    else:
+        _round(source, folder, precision)
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name not in (GRAPH, DATA):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def _round(source: Path, folder: Path, precision: Precision) -> None:
+    """The matrices of a decoder's graph, to nearest."""
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -163,11 +197,7 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
         _replace(model.graph, use, *stored[key], precision)
     model.opset_imports[DOMAIN] = 1
     RemoveUnusedNodesPass()(model)
-    folder.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(model, folder / GRAPH, external_data=DATA)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in (GRAPH, DATA):
-            shutil.copyfile(path, folder / path.name)
 
 
 @dataclass(frozen=True)
@@ -301,13 +331,39 @@ def _group(precision: Precision) -> int:
 
 def finish(folder: Path, precision: Precision) -> None:
     """Record in `engine.json` how the weights were made; there is nothing to choose when the folder is opened."""
-    weights = "float32" if precision.name == "fp32" else (
-        f"rounded to nearest without calibration, symmetric, one scale for {_group(precision)} weights")  # fmt: skip
+    weights = "float32"
+    if precision.name != "fp32":
+        weights = f"rounded to nearest without calibration, symmetric, one scale for {_group(precision)} weights"
+    if precision.name == "int8" and Checkpoint(folder).kind != "decoder":
+        weights = "int8, symmetric, one scale per output channel; activations quantised as they come"
     recorded: dict[str, Any] = {"precision": precision.name, "settings": {}, "weights": weights}
     (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
 # ── Runtime folder → Engine, Scorer ─────────────────────────────────────────
+
+
+def _session(folder: Path, settings: EngineSettings) -> Any:
+    """The graph of `folder` in ONNX Runtime. Raises `SourceError` when there is none."""
+    import onnxruntime
+
+    if not (folder / GRAPH).is_file():
+        raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    # its threads would keep every core busy while they wait for the next token
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise EngineError(f"ONNX Runtime cannot load {folder / GRAPH}: {str(error)[:300]}") from error
+
+
+def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _onnx_encoder.OnnxEncoder:
+    """Load an encoder's `folder`. Raises `SourceError` when it holds no graph, or one of another kind."""
+    return _onnx_encoder.OnnxEncoder(_session(folder, settings or EngineSettings()), folder)
 
 
 class _Decoder:
@@ -316,20 +372,7 @@ class _Decoder:
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         import onnxruntime
 
-        if not (folder / GRAPH).is_file():
-            raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = settings.threads or 0
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors
-        # its threads would keep every core busy while they wait for the next token
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no base class
-            raise EngineError(f"ONNX Runtime cannot load {folder / GRAPH}: {str(error)[:300]}") from error
+        self._session = _session(folder, settings)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         inputs = {node.name: node for node in self._session.get_inputs()}
         self._sizes = {name: node.shape for name, node in inputs.items() if name.startswith(PAST)}

@@ -1,4 +1,4 @@
-"""OpenVINO: decoders as one stateful graph for prefill and decode, served by continuous batching (OpenVINO GenAI)."""
+"""OpenVINO: decoders as one stateful graph, served by continuous batching (OpenVINO GenAI); encoders as one graph."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
+from lightship.targets import _openvino_encoder
 
 # openvino and nncf report to an analytics service as soon as they are imported, unless this package is missing; None is
 # how Python itself marks a module as missing. Nothing else of theirs opens a socket.
@@ -46,7 +47,8 @@ SERVED_AT: dict[str, dict[str, Any]] = {
 
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
-    """Write `checkpoint` as one stateful graph: batch and length dynamic, left padding by the attention mask.
+    """Write `checkpoint` as one graph, batch and length dynamic, padding by the attention mask: a decoder's is stateful
+    and padded on the left, an encoder's is neither.
 
     `dtype` overrides the dtype of the weights (`float32`, `bfloat16`); activations are traced in float32.
     Raises `UnsupportedError` when the exporter cannot trace the architecture.
@@ -54,11 +56,21 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     import openvino as ov
 
     folder.mkdir(parents=True, exist_ok=True)
-    graph = _trace(checkpoint, dtype)
+    encodes = checkpoint.kind != "decoder"
+    graph = _openvino_encoder.trace(checkpoint, dtype) if encodes else _trace(checkpoint, dtype)
     _drop_recorded_precision(graph)
     _simplify(graph)
     ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
-    _write_tokenizer(checkpoint.carry(folder), folder)
+    if encodes:
+        checkpoint.carry_files(folder)
+    else:
+        _write_tokenizer(checkpoint.carry(folder), folder)
+
+
+def settle_encoder(precision: Precision) -> None:
+    """Raise `UnsupportedError` for precisions at which encoders are not shipped."""
+    if precision.name == "int4":
+        raise UnsupportedError("encoders are not shipped at int4", hint="use --precision fp32, bf16 or int8")
 
 
 def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
@@ -156,9 +168,11 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
         ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
     del graph
     gc.collect()
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.rglob("*")):
         if path.is_file() and not path.name.startswith("openvino_model"):
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _compress_int4(graph: Any, precision: Precision, calibration: Sequence[Sequence[int]]) -> Any:
@@ -268,6 +282,12 @@ class OpenVINOScorer:
 def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OpenVINOScorer:
     """Load `folder` for scoring at the precisions it is served at."""
     return OpenVINOScorer(folder, settings or EngineSettings())
+
+
+def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _openvino_encoder.OpenVINOEncoder:
+    """Load an encoder's `folder`. Raises `SourceError` when it holds no graph, or one of another kind."""
+    _check_graph(folder)
+    return _openvino_encoder.OpenVINOEncoder(folder / GRAPH, properties(folder, settings or EngineSettings()))
 
 
 class OpenVINOEngine:
@@ -435,6 +455,10 @@ def preload() -> None:
 
 def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
+    _check_graph(folder)
+    return OpenVINOEngine(folder, settings or EngineSettings())
+
+
+def _check_graph(folder: Path) -> None:
     if not (folder / GRAPH).is_file():
         raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
-    return OpenVINOEngine(folder, settings or EngineSettings())
