@@ -14,6 +14,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation.replay import bucketed
+from lightship.output import appear
 from lightship.pipeline import check, convert, evaluate, run, ship
 from lightship.recipe import Precision, Recipe, parse_accepts
 from lightship.targets.openvino import properties
@@ -72,8 +73,6 @@ def test_only_results_of_ours_are_replaced(llama, tmp_path):
 
 
 def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
-    from lightship import output
-
     (tmp_path / "old").mkdir()
     (tmp_path / "work" / "new").mkdir(parents=True)
     rename = os.rename
@@ -83,9 +82,9 @@ def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(output.os, "rename", interrupted)
+    monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        output.appear(tmp_path / "work" / "new", tmp_path / "old")
+        appear(tmp_path / "work" / "new", tmp_path / "old")
     assert (tmp_path / "old").is_dir() and not (tmp_path / "work" / "replaced").exists()
 
 

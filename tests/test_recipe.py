@@ -76,3 +76,10 @@ def test_the_schema_accepts_what_we_accept():
     good = json.loads(Recipe(source="demo").model_dump_json())
     assert not list(Draft202012Validator(schema).iter_errors(good))
     assert list(Draft202012Validator(schema).iter_errors({**good, "shiny": 1}))
+
+
+def test_runs_of_two_targets_have_two_names():
+    """They would take each other's stages and bundle otherwise."""
+    assert Recipe(source="some/model/").label == "model-int8"
+    assert Recipe(source="x.gguf", target="onnx", precision=Precision(name="int4")).label == "x-int4-onnx"
+    assert Recipe(source="x", target="onnx", name="mine").label == "mine"

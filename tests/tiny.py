@@ -68,3 +68,51 @@ def tiny_gpt2(folder: Path, **changes) -> Checkpoint:
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder)
     return Checkpoint(folder)
+
+
+def wordpiece(folder: Path, size: int = 400, *, roberta: bool = False) -> int:
+    """A lower-casing WordPiece trained on the Python language reference, as BERT's or, special tokens included, as
+    RoBERTa's (padding id 1, no token types); returns the vocabulary size."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    first, pad, last, unknown = ("<s>", "<pad>", "</s>", "<unk>") if roberta else ("[CLS]", "[PAD]", "[SEP]", "[UNK]")
+    special = [first, pad, last, unknown] if roberta else [pad, unknown, first, last]
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(sorted(topics.values())[:20], trainer)
+    second = 0 if roberta else 1
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} {f'{last} ' if roberta else ''}$B:{second} {last}:{second}",
+        special_tokens=[(token, special.index(token)) for token in (first, last)],
+    )
+    tokenizer.enable_truncation(64)  # as MiniLM's own file has it: nothing may be cut off silently
+    tokenizer.enable_padding(length=64, pad_id=special.index(pad), pad_token=pad)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def tiny_encoder(folder: Path, architecture: str, **changes) -> Checkpoint:
+    """An encoder of two layers in `folder`, such as `BertForSequenceClassification`; `changes` go into its config."""
+    import torch
+    import transformers
+
+    vocabulary = wordpiece(folder, roberta=architecture.startswith("Roberta"))
+    options = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 160, "initializer_range": 0.25, "vocab_size": vocabulary,
+    }  # fmt: skip
+    if architecture.startswith("Roberta"):
+        options.update(pad_token_id=1, type_vocab_size=1)
+    if architecture.startswith("DistilBert"):
+        options = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 160,
+                   "initializer_range": 0.25, "vocab_size": vocabulary}  # fmt: skip
+    torch.manual_seed(0)
+    kind = getattr(transformers, architecture)
+    kind(kind.config_class(**{**options, **changes})).save_pretrained(folder)
+    return Checkpoint(folder)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.errors import BundleError, IncompleteBundle, TamperedBundle, UnsupportedError, UsageError
+from lightship.kind import KINDS, Kind
 from lightship.report import Report
 
 FORMAT, VERSION = "lightship-bundle", 1
@@ -57,6 +58,11 @@ class Bundle:
         """The preferred target as the manifest at `path` states it, nothing verified: only to prepare for it."""
         return str(_parse(_manifest_bytes(Path(path)))["targets"][0])
 
+    @staticmethod
+    def stated_kind(path: Path | str) -> Kind:
+        """What the model is for as the manifest at `path` states it, nothing verified: only to prepare for it."""
+        return _kind(_parse(_manifest_bytes(Path(path))))
+
     @property
     def name(self) -> str:
         """The model's name in the API."""
@@ -74,6 +80,11 @@ class Bundle:
         return self.folder / "targets" / name
 
     @property
+    def kind(self) -> Kind:
+        """What the model is for. Bundles older than encoders do not say: they hold decoders."""
+        return _kind(self.manifest)
+
+    @property
     def report(self) -> Report:
         """What was measured when the bundle was made."""
         return Report.from_json(self._read("report.json").decode("utf-8", "replace"))
@@ -89,6 +100,10 @@ class Bundle:
         Positions are those of the rows, one row after the other. Nothing in the files can run code (no pickle).
         """
         return _golden(self._read("golden/tokens.json"), self.folder / "golden" / "logprobs.npz")
+
+    def golden_outputs(self) -> tuple[list[tuple[list[int], list[int]]], list[npt.NDArray[np.float32]]]:
+        """Of an encoder: token ids and types of each row, and what it means to the original (see docs/format.md)."""
+        return _golden_outputs(self._read("golden/tokens.json"), self.folder / "golden" / "outputs.npz")
 
     def _read(self, name: str) -> bytes:
         try:
@@ -202,6 +217,15 @@ def _check_fields(manifest: dict[str, Any]) -> None:
             _refuse(f"{MANIFEST} lists a target outside the bundle: {target!r}")
         if not any(path.startswith(f"targets/{target}/") for path in files):
             raise IncompleteBundle(f"{MANIFEST} lists no file below targets/{target}", hint=REBUILD)
+
+
+def _kind(manifest: dict[str, Any]) -> Kind:
+    """The kind of model that a manifest states. Raises `TamperedBundle` for one that is not known."""
+    kind = manifest.get("kind", "decoder")
+    if kind not in KINDS:
+        _refuse(f"{MANIFEST} has the kind {str(kind)[:60]!r}, expected one of {', '.join(KINDS)}")
+    found: Kind = kind
+    return found
 
 
 def _check_entry(path: str, entry: Any) -> None:
@@ -320,12 +344,41 @@ def _golden(tokens: bytes, path: Path) -> tuple[list[list[int]], dict[str, npt.N
     return rows, arrays
 
 
-def _check_golden(rows: Any, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """Raise `ValueError` or `KeyError` unless rows and arrays have the shapes that docs/format.md states."""
+def _golden_outputs(
+    tokens: bytes, path: Path
+) -> tuple[list[tuple[list[int], list[int]]], list[npt.NDArray[np.float32]]]:
+    try:
+        stated = json.loads(tokens)
+        rows, types = stated["rows"], stated["types"]
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > GOLDEN_LIMIT:
+            raise ValueError(f"{unpacked} bytes unpacked, at most {GOLDEN_LIMIT} are allowed")
+        with np.load(path, allow_pickle=False) as archive:
+            outputs = [archive[str(number)] for number in range(len(rows))]
+        _check_rows(rows)
+        _check_rows(types)
+        if [len(row) for row in rows] != [len(row) for row in types]:
+            raise ValueError("rows and types of tokens.json differ in length")
+        if any(output.dtype != np.float32 or not np.isfinite(output).all() for output in outputs):
+            raise ValueError("outputs.npz must hold finite float32 arrays")
+    except FileNotFoundError as error:
+        raise IncompleteBundle("golden/outputs.npz is missing", hint=REBUILD) from error
+    except (ValueError, KeyError, TypeError, OSError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as bad:
+        raise BundleError(f"golden/ cannot be read: {bad}", hint=REBUILD) from bad
+    return list(zip(rows, types, strict=True)), outputs
+
+
+def _check_rows(rows: Any) -> None:
     if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
         raise ValueError("tokens.json must hold rows of token ids")
     if not all(type(token) is int and token >= 0 for row in rows for token in row):
         raise ValueError("tokens.json must hold token ids, integers from 0")
+
+
+def _check_golden(rows: Any, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Raise `ValueError` or `KeyError` unless rows and arrays have the shapes that docs/format.md states."""
+    _check_rows(rows)
     ids, logprobs = arrays["ids"], arrays["logprobs"]
     if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != sum(map(len, rows)):
         raise ValueError(f"ids {ids.shape} and logprobs {logprobs.shape} do not fit {sum(map(len, rows))} tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
+from lightship.kind import AUTO, Kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +32,10 @@ LLAMA_PARTS = (
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "*.model",
+)  # fmt: skip
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "structure.json", "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 
 
@@ -74,6 +80,35 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> None:
             f"{where} is already quantised (quantization_config in config.json)",
             hint="give the original weights: quantising twice loses twice",
         )
+
+
+def module_configs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name and configuration of each module in `modules.json` (sentence-transformers), such as `Pooling`; none without
+    that file. Raises `SourceError` when it is not well formed or points elsewhere."""
+    return [(name, read_json(folder / file) if file else {}) for name, file in _modules(folder)]
+
+
+def module_files(folder: Path) -> list[str]:
+    """The configuration files of the modules in `modules.json`, relative to `folder`."""
+    return [file for _, file in _modules(folder) if file]
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Name of each module, and its configuration file below `folder` where it has one."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    entries = _parse(path)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SourceError(f"{path} is no list of modules")
+    found = []
+    for entry in entries:
+        place, kind = str(entry.get("path") or ""), str(entry.get("type") or "")
+        if place and not re.fullmatch(r"[A-Za-z0-9][\w-]*", place):
+            raise SourceError(f"{path} points outside its folder: {place[:200]!r}")
+        file = f"{place}/config.json"
+        found.append((kind.rpartition(".")[2], file if place and (folder / file).is_file() else ""))
+    return found
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -125,6 +160,11 @@ class Checkpoint:
                 hint=f"add one of {', '.join(CONTEXT_KEYS)}",
             )
         return found
+
+    @property
+    def kind(self) -> Kind:
+        """What it is for. Raises `UnsupportedError` when that is nothing known here."""
+        return kind_of(self.config)
 
     @property
     def vocabulary(self) -> int:
@@ -209,6 +249,8 @@ class Checkpoint:
             if makes and path.is_file():
                 with path.open("rb") as file:
                     total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        for name in module_files(self.folder):
+            total.update(f"{name}\0{sha256(self.folder / name)}\n".encode())
         return total.hexdigest()
 
     def load(self, dtype: str | None = None) -> PreTrainedModel:
@@ -234,13 +276,36 @@ class Checkpoint:
             ) from error
         return self._load(parsed, kept) if structure is None else self._load_cut(parsed, kept, structure)
 
+    def carry(self, folder: Path) -> Any:
+        """Copy the configuration and tokenizer files that a runtime folder carries; returns the fast tokenizer, saved
+        as `tokenizer.json`. Raises `UnsupportedError` when the model has none."""
+        from transformers import AutoTokenizer
+
+        self.carry_files(folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedError(
+                f"{self.folder} has no fast tokenizer (tokenizer.json)",
+                hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)",
+            )
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        return tokenizer
+
+    def carry_files(self, folder: Path) -> None:
+        """Copy, as they are, the configuration and tokenizer files that a runtime folder carries."""
+        for name in (*CARRIED, *module_files(self.folder)):
+            if (self.folder / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / name, folder / name)
+
     def _load(self, config: Any, dtype: str) -> PreTrainedModel:
         import safetensors
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
 
+        kind = self.kind
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = getattr(transformers, AUTO[kind]).from_pretrained(
                 self.folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -251,8 +316,11 @@ class Checkpoint:
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise SourceError(f"{self.folder} cannot be loaded: {reason}") from error
-        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-            _none_left(self.folder, kind, info.get(kind) or ())
+        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+            keys = info.get(problem) or ()
+            if kind == "embedder":  # a pooler reads the first token for tasks of its own; embeddings do not use it
+                keys = [key for key in keys if not str(key).startswith("pooler.")]
+            _none_left(self.folder, problem, keys)
         loaded: PreTrainedModel = model.eval()
         return loaded
 

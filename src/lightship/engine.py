@@ -1,4 +1,4 @@
-"""A loaded model: `Engine` generates, `Scorer` returns full logits; `FakeEngine` is the double for tests."""
+"""A loaded model: `Engine` generates, `EncoderEngine` encodes, `Scorer` returns all logits; `FakeEngine` for tests."""
 
 from __future__ import annotations
 
@@ -95,6 +95,23 @@ class Scorer(Protocol):
 
     def logits(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`ids`, `mask`: (batch, length), padding on the left. Returns (batch, length, vocabulary), float32."""
+        ...
+
+
+class EncoderEngine(Protocol):
+    """A loaded encoder. One call at a time."""
+
+    def run(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], types: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Each (batch, length), padding on the right. Returns, by kind of model: logits of a classifier
+        (batch, labels), hidden states of an embedder (batch, length, width), or logits of start and end
+        (batch, length, 2).
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the model."""
         ...
 
 

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("lightship", "openvino", "openvino-genai", "nncf", "torch", "transformers", "tokenizers", "numpy")
+LIBRARIES = ("lightship", "openvino", "openvino-genai", "nncf", "onnxruntime", "onnxscript", "torch", "transformers",
+             "tokenizers", "numpy")  # fmt: skip
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 GB = 1e9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -71,21 +72,49 @@ def _named(base: dict[str, Any]) -> str:
 
 
 def report_of(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric]) -> Report:
-    """The report on a candidate made by `recipe` from `checkpoint`; `text` describes what it was scored on."""
+    """The report on a decoder made by `recipe` from `checkpoint`; `text` describes what it was scored on."""
     metrics = _limited(measured, recipe.kld_limit())
+    verdict = _verdict(recipe, checkpoint, text, metrics)
+    return Report(metrics, {**_meta(recipe, checkpoint, text), "verdict": verdict, "limit_kld": recipe.kld_limit()})
+
+
+def encoder_report(
+    recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric], limit: tuple[str, float]
+) -> Report:
+    """The same of an encoder; `limit`: what is limited, `kld` or `cosine_loss`, and how far."""
+    name, bound = limit
+    metrics = tuple(
+        replace(metric, limit=bound) if metric.name.removeprefix("gate_").startswith(name) else metric
+        for metric in measured
+    )
+    by_name = {metric.name: metric for metric in metrics}
+    far, scored = by_name[name], "scored on default text only (give --text for yours)"
     meta = {
+        **_meta(recipe, checkpoint, text),
+        f"limit_{name}": bound,
+        "verdict": (
+            f"{recipe.precision.name}: {1 / (by_name['size'].ratio() or math.nan):.1f}× smaller than its "
+            f"{checkpoint.dtype} original, {by_name['batch1'].ratio() or math.nan:.1f}× its speed one at a time and "
+            f"{by_name['batch32'].ratio() or math.nan:.1f}× in batches of 32, "
+            f"{'1 − mean cosine' if name == 'cosine_loss' else 'mean KLD'} {far.value:.2g} "
+            f"({'limit' if far.passed else 'ABOVE ITS LIMIT'} {bound:g}); "
+            f"{scored if text['default_only'] else 'on your text'}"
+        ),
+    }
+    return Report(metrics, meta)
+
+
+def _meta(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any]) -> dict[str, Any]:
+    return {
         "title": f"{Path(recipe.source).name} → {recipe.precision.name}",
-        "verdict": _verdict(recipe, checkpoint, text, metrics),
         "source": _origin(recipe, checkpoint),
         "precision": recipe.precision.model_dump(),
-        "limit_kld": recipe.kld_limit(),
         "accepted": list(recipe.accept),
         "text": text,
         "machine": machine(),
         "versions": versions(),
         "precision_history": _history(checkpoint),
     }
-    return Report(metrics, meta)
 
 
 def write_papers(content: Path, recipe: Recipe, report: Report) -> None:
@@ -96,11 +125,12 @@ def write_papers(content: Path, recipe: Recipe, report: Report) -> None:
     (content / "recipe.json").write_text(published(recipe).model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def manifest_of(recipe: Recipe, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """What the manifest of bundle `name` says beside its files."""
+def manifest_of(recipe: Recipe, checkpoint: Checkpoint, name: str, targets: Sequence[str]) -> dict[str, Any]:
+    """What the manifest of bundle `name` says beside its files; `targets`: the preferred one first."""
     return {
         "name": name,
-        "targets": [recipe.target],
+        "kind": checkpoint.kind,
+        "targets": list(targets),
         "source": {
             "name": published(recipe).source,
             "revision": checkpoint.revision,

@@ -1,7 +1,8 @@
 """The walk of a model through the house: read → reference → export → gate → quantise → gate → evaluate → pack.
 
-The only module that knows several stages. Everything happens in a work folder beside the output; the bundle
-appears under its name in one rename at the end, so an interrupted run leaves nothing that looks complete.
+Beside `encoder_pipeline`, the walk of an encoder, the only module that knows several stages. Everything happens in a
+work folder beside the output; the bundle appears under its name in one rename at the end, so an interrupted run leaves
+nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lightship import encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle, pack
 from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
 from lightship.engine import EngineSettings
-from lightship.errors import LimitExceeded, UsageError
+from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
 from lightship.evaluation.divergence import Reference
 from lightship.evaluation.text import SPEED_REPEATS, Texts, amount, cut
 from lightship.find import find
+from lightship.kind import kind_of
 from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import manifest_of, published, report_of, write_papers
-from lightship.preflight import Plan, Seen, first_look, plan
+from lightship.preflight import Plan, Seen, check_packages, first_look, plan
 from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
 from lightship.sources import look, peek
@@ -38,6 +41,7 @@ EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precisi
 STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
           "evaluate": 33, "pack": 1}  # fmt: skip
 MADE = "bundle.json"  # in a run's folder: what its bundle was made from
+TARGET = "openvino"  # of decoders, when the recipe names none
 CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
 
 
@@ -55,7 +59,12 @@ class Run:
     @property
     def target(self) -> ModuleType:
         """The module of the runtime format."""
-        return find("targets", self.recipe.target)
+        return find("targets", self.name)
+
+    @property
+    def name(self) -> str:
+        """What the runtime format is called."""
+        return self.recipe.target or TARGET
 
 
 def ship(
@@ -66,10 +75,12 @@ def ship(
     Raises `LimitExceeded` when a gate fails; then, and on any other error, nothing is left at `out`. What it will need
     is predicted first; too little memory or disk is an error (see `Plan.check`) unless `ignore_shortage`.
     """
-    _tell(plan_ship(recipe, out, force=force), progress, ignore_shortage)
+    check_out(out, recipe, force, MANIFEST)
+    asked = settled(recipe, progress)
+    _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
     with scratch(out) as folder:
-        run = Run(recipe, Work(folder / "run", tuple(STAGES), progress))
-        return _pack(run, _build(run), out, folder)
+        work = Work(folder / "run", asked.stages(), progress)
+        return _seal(asked.recipe, work, _built(asked, work), out, folder)
 
 
 def run(
@@ -80,14 +91,16 @@ def run(
     A changed option redoes what depends on it; other versions of the libraries redo everything. A bundle that is
     already up to date is verified and returned as it is.
     """
-    planned = plan_run(recipe, runs=runs)
-    _tell(planned, progress, ignore_shortage)
-    out, work = planned.out, Work(planned.work, tuple(STAGES), progress)
+    out, place = Path(recipe.out or f"bundles/{recipe.label}"), runs / recipe.label
+    check_out(out, recipe, True, MANIFEST)
+    asked = settled(recipe, progress)
+    _tell(asked.plan(asked.stages(), out, place, _finished(asked, place, out)), progress, ignore_shortage)
+    work = Work(place, asked.stages(), progress)
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / MADE
     with scratch(out) as folder:
-        built = _build(Run(recipe, work))
-        inputs = _inputs(recipe, built)
+        built = _built(asked, work)
+        inputs = _inputs(asked.recipe, built)
         if out.exists():
             known = read_json(made) if made.is_file() else {}
             bundle = Bundle.open(out)
@@ -96,38 +109,99 @@ def run(
                 return bundle
             if known.get("bundle") != bundle.digest:
                 raise UsageError(f"{out} holds another bundle, not made by this run", hint="move it, or change `out`")
-        bundle = _pack(Run(recipe, work), built, out, folder)
+        bundle = _seal(asked.recipe, work, built, out, folder)
         write_json(made, {"inputs": inputs, "bundle": bundle.digest})
     return bundle
 
 
-def _inputs(recipe: Recipe, built: Built) -> str:
+def _inputs(recipe: Recipe, built: Built | encoder_pipeline.Built) -> str:
     """Digest of all that decides what is in the bundle."""
     return digest_of([published(recipe).model_dump(mode="json"), built.digests])
 
 
+def _built(asked: Settled, work: Work) -> Built | encoder_pipeline.Built:
+    return (
+        encoder_pipeline.build(asked.recipe, work, asked.encoders)
+        if asked.encoders
+        else _build(Run(asked.recipe, work))
+    )
+
+
+def _seal(recipe: Recipe, work: Work, built: Built | encoder_pipeline.Built, out: Path, folder: Path) -> Bundle:
+    """Seal the bundle beside `out`, then let it appear under its name in one rename."""
+    if isinstance(built, Built):
+        return _pack(Run(recipe, work), built, out, folder)
+    return encoder_pipeline.seal(recipe, work, built, out, folder)
+
+
 # ── Before a run ────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A `recipe` as its target will carry it out; for an encoder its targets (none for a decoder); what was `seen` of
+    the source."""
+
+    recipe: Recipe
+    encoders: tuple[str, ...]
+    seen: Seen
+
+    def stages(self, convert: bool = False) -> tuple[str, ...]:
+        """The stages of the run; of an encoder only the first target is converted."""
+        if self.encoders:
+            return encoder_pipeline.stages(self.encoders[:1] if convert else self.encoders, convert)
+        return CONVERT if convert else tuple(STAGES)
+
+    def plan(self, stages: Sequence[str], out: Path, work: Path | None = None, done: Sequence[str] = ()) -> Plan:
+        """What the run would need."""
+        return plan(self.recipe, self.seen, amount, stages, out, work, done)
+
+
+def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) -> Settled:
+    """`recipe` settled with its target, said where that differs; asked before any work. A hub model is downloaded
+    first, unless not to `fetch`.
+
+    Raises `UnknownName`, or `UnsupportedError` for what target or architecture cannot do.
+    """
+    name = recipe.target or TARGET
+    target = find("targets", name)
+    if not hasattr(target, "export"):
+        raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    if fetch:
+        look(recipe.source, revision=recipe.revision, base=recipe.base, log=silent)
+    seen = first_look(recipe, peek)
+    if seen.config is not None and kind_of(seen.config) != "decoder":
+        encoders = encoder_pipeline.targets_of(recipe, progress)
+        check_packages(encoders)
+        return Settled(recipe, encoders, seen)
+    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
+    for note in notes:
+        progress(note)
+    check_packages([name])
+    return Settled(recipe.model_copy(update={"precision": precision, "target": name}), (), seen)
 
 
 def plan_ship(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
     """What `ship` would do with the same arguments. Loads, downloads and writes nothing; raises what can be known to
     fail, except for a shortage (`Plan.check`)."""
     check_out(out, recipe, force, MANIFEST)
-    return plan(recipe, first_look(recipe, peek), amount, tuple(STAGES), out)
+    asked = settled(recipe, fetch=False)
+    return asked.plan(asked.stages(), out)
 
 
 def plan_convert(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
     """As `plan_ship`, of `convert`."""
     check_out(out, recipe, force, "engine.json")
-    return plan(recipe, first_look(recipe, peek), amount, CONVERT, out)
+    asked = settled(recipe, fetch=False)
+    return asked.plan(asked.stages(convert=True), out)
 
 
 def plan_run(recipe: Recipe, *, runs: Path = Path("runs")) -> Plan:
     """As `plan_ship`, of `run`, with the stages that are done. Where there are any it hashes the source to know."""
     out, folder = Path(recipe.out or f"bundles/{recipe.label}"), runs / recipe.label
     check_out(out, recipe, True, MANIFEST)
-    seen = first_look(recipe, peek)
-    return plan(recipe, seen, amount, tuple(STAGES), out, folder, _finished(recipe, seen, folder, out))
+    asked = settled(recipe, fetch=False)
+    return asked.plan(asked.stages(), out, folder, _finished(asked, folder, out))
 
 
 def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> None:
@@ -136,8 +210,9 @@ def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> None:
     progress(planned.said())
 
 
-def _finished(recipe: Recipe, seen: Seen, folder: Path, out: Path) -> Sequence[str]:
-    """The stages of an earlier run that would be found again; all of them when its bundle is up to date."""
+def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
+    """The stages of a decoder's earlier run that would be found again; all of them when its bundle is up to date."""
+    recipe, seen = asked.recipe, asked.seen
     if seen.shape is None or not any(folder.glob(f"*/{DONE}")):
         return ()
     survey = Survey(folder, tuple(STAGES), silent, needed=("read",))
@@ -263,7 +338,7 @@ def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
 def _export(run: Run, checkpoint: Checkpoint) -> Stage:
     """Export at the dtype that the precision asks for."""
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(run.recipe.precision.name)
-    depends = {"checkpoint": checkpoint.digest(), "target": run.recipe.target, "dtype": dtype}
+    depends = {"checkpoint": checkpoint.digest(), "target": run.name, "dtype": dtype}
     return run.work.stage("export", depends, lambda folder: run.target.export(checkpoint, folder / "runtime", dtype))
 
 
@@ -320,7 +395,7 @@ def _gate_candidate(run: Run, runtime: Stage, original: Stage, gate: Reference) 
 
 
 def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> Stage:
-    """Gate the path that serves, continuous batching over a paged cache."""
+    """Gate the path that serves, such as continuous batching over a paged cache."""
     limit = run.recipe.kld_limit()
 
     def make(folder: Path) -> dict[str, Any]:
@@ -343,7 +418,7 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
         metrics = _quality(run, checkpoint, runtime, texts.score, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
-        candidate = memory.probe(recipe.target, runtime, **repeats)
+        candidate = memory.probe(run.name, runtime, **repeats)
         metrics += memory.paired(original, candidate)
         metrics.append(memory.size_metric(runtime, checkpoint.size_bytes))
         if recipe.golden is not None:
@@ -387,13 +462,12 @@ def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -
 
 
 def _pack(run: Run, built: Built, out: Path, folder: Path) -> Bundle:
-    """Seal the bundle beside `out`, then let it appear under its name in one rename."""
     run.work.announce("pack")
     gated, content = built.gated, folder / "content"
-    shutil.copytree(gated.runtime.folder / "runtime", content / "targets" / run.recipe.target)
+    shutil.copytree(gated.runtime.folder / "runtime", content / "targets" / run.name)
     replay.write(divergence.reopen(gated.original.folder), content / "golden")
     write_papers(content, run.recipe, report_of(run.recipe, gated.checkpoint, gated.texts.describe, built.metrics))
-    bundle = pack(content, manifest_of(run.recipe, gated.checkpoint, out.name))
+    bundle = pack(content, manifest_of(run.recipe, gated.checkpoint, out.name, [run.name]))
     appear(bundle.folder, out)
     return Bundle.open(out)
 
@@ -411,15 +485,18 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
     target = bundle.targets[0]
     runtime = bundle.target_folder(target)
     progress("[2/3] divergence")
-    kld = replay.replay(*bundle.golden(), find("targets", target).open_scorer(runtime))
+    if bundle.kind == "decoder":
+        found = replay.replay(*bundle.golden(), find("targets", target).open_scorer(runtime))
+        found = replace(found, limit=float(bundle.report.meta["limit_kld"]))
+    else:
+        found = encoder_pipeline.replayed(bundle, target)
     progress("[3/3] speed and memory")
     shipped = {metric.name: metric for metric in bundle.report.metrics}
-    measured = [kld, *memory.probe(target, runtime, repeats=repeats)]
+    measured = [found, *memory.probe(target, runtime, repeats=repeats)]
     metrics = [replace(m, baseline=shipped[m.name].value if m.name in shipped else m.baseline) for m in measured]
-    limit = float(bundle.report.meta["limit_kld"])
-    metrics[0] = replace(metrics[0], limit=limit)
-    if not kld.value <= limit:
-        raise LimitExceeded(f"on this machine mean KLD is {kld.value:.3g}, above the bundle's limit {limit:g}",
+    what = "1 − mean cosine" if bundle.kind == "embedder" else "mean KLD"
+    if not found.passed:
+        raise LimitExceeded(f"on this machine {what} is {found.value:.3g}, above the bundle's limit {found.limit:g}",
                             hint="its settings or libraries differ from where it was shipped")  # fmt: skip
     meta = {
         "title": f"{bundle.name} on this machine",
@@ -427,7 +504,7 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
         "bundle": bundle.digest,
         "machine": machine(),
         "versions": versions(),
-        "verdict": f"intact; mean KLD {kld.value:.2g} here (limit {limit:g})",
+        "verdict": f"intact; {what} {found.value:.2g} here (limit {found.limit:g})",
     }
     return Report(tuple(metrics), meta)
 
@@ -438,11 +515,19 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 def convert(
     recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent, ignore_shortage: bool = False
 ) -> Path:
-    """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle."""
-    _tell(plan_convert(recipe, out, force=force), progress, ignore_shortage)
+    """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle. Of an encoder only for
+    the first of its targets."""
+    check_out(out, recipe, force, "engine.json")
+    asked = settled(recipe, progress)
+    recipe, encoders, names = asked.recipe, asked.encoders, asked.stages(convert=True)
+    _tell(asked.plan(names, out), progress, ignore_shortage)
     with scratch(out) as folder:
-        gated = _gated(Run(recipe, Work(folder / "run", CONVERT, progress)))
-        appear(gated.runtime.folder / "runtime", out)
+        work = Work(folder / "run", names, progress)
+        if encoders:
+            runtime = encoder_pipeline.gated(recipe, work, encoders[:1]).runtime(encoders[0])
+        else:
+            runtime = _gated(Run(recipe, work)).runtime.folder / "runtime"
+        appear(runtime, out)
     return out
 
 
@@ -467,11 +552,15 @@ def evaluate(
         given["revision"] = None
     recipe = Recipe.model_validate({**opened.manifest["recipe"], **given})
     with tempfile.TemporaryDirectory(prefix="lightship-") as folder:
-        run = Run(recipe, Work(Path(folder), ("read", "evaluate"), progress))
-        checkpoint, texts = _read(run)
-        runtime = opened.target_folder(recipe.target)
-        measured = _metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest))
-        report = report_of(recipe, checkpoint, texts.describe, measured)
+        work = Work(Path(folder), ("read", "evaluate"), progress)
+        if opened.kind == "decoder":
+            run = Run(recipe, work)
+            checkpoint, texts = _read(run)
+            runtime = opened.target_folder(run.name)
+            measured = _metrics(_evaluate(run, checkpoint, runtime, texts, opened.digest))
+            report = report_of(recipe, checkpoint, texts.describe, measured)
+        else:
+            checkpoint, report = encoder_pipeline.evaluate(recipe, opened, work)
         if checkpoint.digest() != opened.manifest["source"]["digest"]:
             report.meta["verdict"] += f"; {source} is not the model this bundle was made from"
         return report

@@ -20,6 +20,7 @@ from lightship.checkpoint import Checkpoint, check_config, context_length, requi
 from lightship.costs import Cost, Shape
 from lightship.errors import UnsupportedError
 from lightship.find import find
+from lightship.kind import kind_of
 from lightship.machine import memory_available
 from lightship.recipe import Recipe
 
@@ -54,7 +55,7 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
     tables = [_product(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary]
     if any(config.get(key) for key in EXPERT_KEYS):
         return Seen(largest, config, reason="mixtures of experts have not been measured")
-    if not is_decoder(config):  # encoders have their place here, once they can be converted
+    if kind_of(config) != "decoder":
         return Seen(largest, config, reason=f"{_classes(config)} has not been measured, only decoder language models")
     if layers is None or vocabulary is None or context is None or not tables:
         return Seen(largest, config, reason="config.json does not give layers, context and a vocabulary as the weights")
@@ -63,15 +64,6 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
         str(config.get("model_type")), layers, sum(map(_product, shapes)), tables[0], len(tables) == 1, vocabulary,
         context, width, checkpoint.weight_bytes, _size(checkpoint.folder / "tokenizer.json"),
     ))  # fmt: skip
-
-
-def is_decoder(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is of a decoder language model: by its class, and true where it names none."""
-    if config.get("is_encoder_decoder"):
-        return False
-    classes = config.get("architectures") or ()
-    named = decoders().get(str(config.get("model_type")))
-    return not classes or named in classes or any(str(each).endswith("ForCausalLM") for each in classes)
 
 
 def _classes(config: Mapping[str, Any]) -> str:
@@ -92,36 +84,39 @@ def _size(path: Path) -> int:
 def first_look(recipe: Recipe, peek: Callable[[str, str | None, str | None], Seen]) -> Seen:
     """What `peek(source, revision, base)` sees of the source. Raises when a package is missing, or the model is one
     that cannot be loaded or converted."""
-    target = find("targets", recipe.target)
-    require(*ALWAYS, *getattr(target, "NEEDS", ()), extra=target.EXTRA)
+    require(*ALWAYS)
     seen = peek(recipe.source, recipe.revision, recipe.base)
     if seen.config is not None:
         check_config(seen.config, recipe.source)
-        check_architecture(seen.config, recipe.target)
+        check_architecture(seen.config)
     return seen
+
+
+def check_packages(targets: Sequence[str]) -> None:
+    """Raise `MissingExtra` when a package that building for one of `targets` needs is missing."""
+    for name in targets:
+        target = find("targets", name)
+        require(*getattr(target, "NEEDS", ()), extra=target.EXTRA)
 
 
 # ── What is refused ─────────────────────────────────────────────────────────
 
 
-def check_architecture(config: Mapping[str, Any], target: str) -> None:
-    """Raise `UnsupportedError` when the installed transformers does not know the model's type, or knows it and it is no
-    decoder language model: nothing else is converted to `target`."""
-    kind = str(config.get("model_type"))
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` when the installed transformers does not know the model's type, or it is of no kind that
+    is converted."""
+    name = str(config.get("model_type"))
     known = model_types()
-    if known and kind not in known:
+    if known and name not in known:
         needs = config.get("transformers_version")
         written = f"; the model was written by {needs}" if needs else ""
         raise UnsupportedError(
-            f"the installed transformers {metadata.version('transformers')} does not know the architecture {kind!r}"
+            f"the installed transformers {metadata.version('transformers')} does not know the architecture {name!r}"
             f"{written}",
             hint="check model_type in config.json, or the version of transformers",
         )
-    if known and (kind not in decoders() or not is_decoder(config)):
-        raise UnsupportedError(
-            f"target {target} takes decoder language models, and this is {_classes(config)} ({kind})",
-            hint="give a model of a class such as LlamaForCausalLM",
-        )
+    if kind_of(config) == "decoder" and known and name not in decoders():
+        raise UnsupportedError(f"{name!r} has no decoder language model in the installed transformers")
 
 
 def model_types() -> frozenset[str]:
@@ -268,9 +263,9 @@ def plan(
     What has not been measured is not predicted.
     """
     shape, reason, known = seen.shape, seen.reason, costs.Costs()
-    if recipe.target != MEASURED:
+    if shape is not None and recipe.target != MEASURED:
         shape, reason = None, f"the target {recipe.target} has not been measured"
-    elif recipe.precision.gptq:
+    elif shape is not None and recipe.precision.gptq:
         shape, reason = None, "gptq has not been measured"
     if shape is not None:
         rates = costs.rates(seen.file, recipe.precision.arithmetic)

@@ -17,7 +17,9 @@ PrecisionName = Literal["fp32", "bf16", "int8", "int4"]
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "int8", "int4")
 # Mean KL divergence (nats per token) from the original that a candidate may reach before the run stops.
 KLD_LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "int8": 2e-2, "int4": 0.15}
-
+# The same for embedders: 1 − mean cosine of their embeddings.
+COSINE_LIMITS: dict[str, float] = {"fp32": 1e-5, "bf16": 1e-3, "int8": 1e-2}
+LIMITED = ("kld", "cosine_loss")
 
 INT4_ONLY = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
 
@@ -61,7 +63,9 @@ class Recipe(_Data):
     source: str = Field(description="a folder (model or adapter), a .gguf file, a hub id, or `demo`")
     revision: str | None = Field(None, description="of the source on the hub; of the base where the source is a folder")
     base: str | None = Field(None, description="the model that an adapter changes; default: what the adapter names")
-    target: str = "openvino"
+    target: str | None = Field(
+        None, description="runtime format: openvino, or onnx; default: openvino, for encoders both, the faster first"
+    )
     precision: Precision = Precision()
     evaluate: Literal["quick", "full"] = "quick"
     text: str | None = Field(None, description="file to score on: plain text or chat JSONL")
@@ -78,11 +82,16 @@ class Recipe(_Data):
     def label(self) -> str:
         """The run's name."""
         source = Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
-        return self.name or f"{source}-{self.precision.name}"
+        other = "" if self.target in (None, "openvino") else f"-{self.target}"
+        return self.name or f"{source}-{self.precision.name}{other}"
 
     def kld_limit(self) -> float:
         """The limit on mean KLD, an accepted one before the default."""
         return parse_accepts(self.accept).get("kld", KLD_LIMITS[self.precision.name])
+
+    def cosine_limit(self) -> float:
+        """The limit on 1 − mean cosine of an embedder, an accepted one before the default."""
+        return parse_accepts(self.accept).get("cosine_loss", COSINE_LIMITS[self.precision.name])
 
 
 def parse_accepts(accepts: tuple[str, ...]) -> dict[str, float]:
@@ -94,7 +103,7 @@ def parse_accepts(accepts: tuple[str, ...]) -> dict[str, float]:
             limits[name.strip()] = float(value)
         except ValueError:
             separator = ""
-        if not separator or name.strip() != "kld" or not 0 < limits[name.strip()] < float("inf"):
+        if not separator or name.strip() not in LIMITED or not 0 < limits[name.strip()] < float("inf"):
             raise UsageError(f"cannot read the limit {text!r}", hint='write for example --accept "kld<=0.3"')
     return limits
 

@@ -10,7 +10,6 @@ import click
 
 from lightship.cli.display import show_plan, stages
 from lightship.cli.options import build_options, preflight_options, recipe_of
-from lightship.cli.ship import default_out
 
 
 @click.command()
@@ -23,7 +22,7 @@ def command(
     from lightship.pipeline import CONVERT, STAGES, convert, plan_convert
 
     recipe = recipe_of(source, **given)
-    folder = Path(out) if out else Path(f"{default_out(source, recipe.precision.name)}-{recipe.target}")
+    folder = Path(out) if out else Path(f"{recipe.label}-runtime")
     if dry_run:
         show_plan(plan_convert(recipe, folder, force=force), as_json)
         return

@@ -22,6 +22,9 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("source", shell_complete=models),
         click.option("--out", "-o", type=click.Path(), help="Where the result goes (default: a name in this folder)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
+        click.option("--target", metavar="openvino|onnx",
+                     help="Runtime format (default: openvino; for encoders both, the faster first). Of generating "
+                     "models onnx serves one request at a time."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
                      help="What it computes in; auto is the processor's fastest."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
@@ -30,7 +33,8 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--scale-estimation/--no-scale-estimation", default=True, show_default=True, help="int4."),
         click.option("--gptq/--no-gptq", default=False, show_default=True, help="int4: error-compensated rounding."),
         click.option("--all-layers", is_flag=True, help="int4: embedding and head in 4 bits too."),
-        click.option("--accept", multiple=True, metavar='"kld<=X"', help="Replace the default limit, on the record."),
+        click.option("--accept", multiple=True, metavar='"kld<=X"',
+                     help="Replace the default limit, on the record; of embedders \"cosine_loss<=X\"."),
         click.option("--text", type=click.Path(), help="Calibrate and score on this file: plain text, or chat JSONL."),
         click.option("--revision", help="Revision of a hub model."),
         click.option("--base", metavar="PATH|HUB_ID", help="The model that an adapter changes (default: as it says)."),
@@ -67,6 +71,7 @@ def recipe_of(source: str, **given: Any) -> Recipe:
     try:
         return Recipe(
             source=source,
+            target=given["target"],
             precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
             **{name: given[name] for name in OPTIONAL if name in given},
         )

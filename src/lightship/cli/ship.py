@@ -12,12 +12,6 @@ from lightship.cli.display import show_plan, stages
 from lightship.cli.options import build_options, evaluation_options, preflight_options, recipe_of
 
 
-def default_out(source: str, precision: str) -> Path:
-    """`./NAME-PRECISION`, NAME from the last part of the source."""
-    name = Path(source.rstrip("/")).name.removesuffix(".gguf") or "model"
-    return Path(f"{name}-{precision}")
-
-
 @click.command()
 @build_options
 @evaluation_options
@@ -29,7 +23,7 @@ def command(
     from lightship.pipeline import STAGES, plan_ship, ship
 
     recipe = recipe_of(source, **given)
-    folder = Path(out) if out else default_out(source, recipe.precision.name)
+    folder = Path(out) if out else Path(recipe.label)
     if dry_run:
         show_plan(plan_ship(recipe, folder, force=force), as_json)
         return

@@ -132,7 +132,7 @@ def check_served(original: npt.NDArray[np.float32], served: npt.NDArray[np.float
         stderr=stderr,
         direction="lower",
         baseline=0.0,
-        method="mean |Δ log p| of real tokens, continuous batching as served against PyTorch float32",
+        method="mean |Δ log p| of real tokens, the engine as served against PyTorch float32",
     )
 
 

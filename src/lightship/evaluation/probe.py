@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from lightship.checkpoint import Checkpoint
+from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
 from lightship.evaluation import memory, speed
 from lightship.find import find
@@ -23,18 +25,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(option, type=int, default=default)
     asked = parser.parse_args(arguments)
     settings = EngineSettings(prefix_cache=False)
-    metrics = speed.measure_speed(
-        lambda: find("targets", asked.target).open(asked.folder, settings),
-        prompt=asked.prompt,
-        new_tokens=asked.new,
-        repeats=asked.repeats,
-    )
+    target, encodes = find("targets", asked.target), _encodes(asked.folder)
+    if encodes:
+        about = Encoder.load(asked.folder)
+        metrics = speed.measure_encoder(
+            lambda: target.open_encoder(asked.folder, settings), about.vocabulary, about.context, repeats=asked.repeats
+        )
+    else:
+        metrics = speed.measure_speed(
+            lambda: target.open(asked.folder, settings),
+            prompt=asked.prompt,
+            new_tokens=asked.new,
+            repeats=asked.repeats,
+        )
     peak = memory.peak_rss_bytes()
     if peak:
-        metrics.append(Metric("peak_rss", float(peak), "bytes", 1, None, "lower", None,
-                              "VmHWM of a fresh process that loads the model and generates, KV cache up to "
-                              f"{settings.kv_cache_gb:g} GiB"))  # fmt: skip
+        metrics.append(
+            Metric(
+                "peak_rss",
+                float(peak),
+                "bytes",
+                1,
+                None,
+                "lower",
+                None,
+                "VmHWM of a fresh process that loads the model and "
+                + ("encodes" if encodes else f"generates, KV cache up to {settings.kv_cache_gb:g} GiB"),
+            )
+        )
     print(json.dumps([asdict(metric) for metric in metrics]))
+
+
+def _encodes(folder: Path) -> bool:
+    """Whether an encoder lies in `folder`; a folder without a configuration is for a target's own tests."""
+    return (folder / "config.json").is_file() and Checkpoint(folder).kind != "decoder"
 
 
 if __name__ == "__main__":

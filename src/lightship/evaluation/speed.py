@@ -1,4 +1,4 @@
-"""Load time, prefill and decode speed of an engine, one request at a time."""
+"""Load time, prefill and decode speed of an engine, one request at a time; sequences a second of an encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lightship.engine import Engine, GenerationParams
+from lightship.engine import EncoderEngine, Engine, GenerationParams
 from lightship.errors import EngineError, UsageError
 from lightship.report import Metric
 
@@ -67,6 +67,37 @@ def measure(
     ]  # fmt: skip
 
 
+BATCHES = (1, 32)
+SEQUENCE = 48  # tokens
+
+
+def measure_encoder(
+    open_engine: Callable[[], EncoderEngine], vocabulary: int, context: int, *, repeats: int = 5
+) -> list[Metric]:
+    """Load time (n = 1), then sequences/s in batches of 1 and of 32, each sequence of 48 tokens (the context, when that
+    is shorter); random ids. Medians over `repeats` after one warm-up; a repeat at batch 1 is 16 calls."""
+    if repeats < 1:
+        raise UsageError(f"cannot measure {repeats} repeats", hint="at least 1 is needed")
+    began = time.perf_counter()
+    engine = open_engine()
+    loaded = time.perf_counter() - began
+    found = [Metric("load", loaded, "s", 1, None, "lower", None, "open() once, files probably in the page cache")]
+    length, random = min(SEQUENCE, context), np.random.default_rng(0)
+    for size in BATCHES:
+        calls, speeds = 16 if size == 1 else 1, []
+        for repeat in range(repeats + 1):
+            ids = random.integers(0, vocabulary, (calls, size, length))
+            mask, types = np.ones((size, length), np.int64), np.zeros((size, length), np.int64)
+            began = time.perf_counter()
+            for batch in ids:
+                engine.run(batch, mask, types)
+            if repeat:
+                speeds.append(calls * size / max(time.perf_counter() - began, SHORTEST))
+        found.append(_metric(f"batch{size}", speeds, f"sequences of {length} tokens, {size} at a time", "sequences/s"))
+    engine.close()
+    return found
+
+
 def once(engine: Engine, tokens: Sequence[int], new_tokens: int) -> tuple[float, float]:
     """(seconds to the first token, seconds from it to the last) of one greedy request of exact length."""
     first, rest, _ = _timed(engine, tokens, new_tokens)
@@ -93,9 +124,9 @@ def _timed(engine: Engine, tokens: Sequence[int], new_tokens: int) -> tuple[floa
     return first - began, last - first, got - with_first
 
 
-def _metric(name: str, values: list[float], method: str) -> Metric:
+def _metric(name: str, values: list[float], method: str, unit: str = "tokens/s") -> Metric:
     """Median of `values` with its standard error (1.2533 σ/√n, normal) and range."""
     stderr = 1.2533 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     spread = f"median of {len(values)}, {min(values):.4g} … {max(values):.4g}; one warm-up left out"
     middle = statistics.median(values)
-    return Metric(name, middle, "tokens/s", len(values), stderr, "higher", None, f"{method}; {spread}")
+    return Metric(name, middle, unit, len(values), stderr, "higher", None, f"{method}; {spread}")

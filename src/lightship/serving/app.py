@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -95,7 +95,7 @@ def create_app(worker: Worker, model: ServedModel) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit)
     _health(app, worker)
-    _models(app, model)
+    add_models(app, model)
     _completions(app, worker, model)
     return app
 
@@ -115,7 +115,21 @@ def _health(app: FastAPI, worker: Worker) -> None:
         return JSONResponse({"status": state, "reason": str(failed) if failed else worker.failure}, 503)
 
 
-def _models(app: FastAPI, model: ServedModel) -> None:
+class Card(Protocol):
+    """What /v1/models says of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def created(self) -> int: ...
+
+
+def add_models(app: FastAPI, model: Card) -> None:
+    """/v1/models: the one that is served."""
     card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "lightship",
             "context_length": model.context, "digest": model.digest}  # fmt: skip
 
@@ -125,18 +139,19 @@ def _models(app: FastAPI, model: ServedModel) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def one(name: str) -> JSON:
-        _check_name(model, name)
+        check_name(model, name)
         return card
 
 
-def _check_name(model: ServedModel, name: str | None) -> None:
+def check_name(model: Card, name: str | None) -> None:
+    """Raise `RequestError` (404) for another model than the one that is served."""
     if name is not None and name != model.name:
         raise RequestError(f"this server has the model {model.name!r} only", "model", "model_not_found", 404)
 
 
 def _completions(app: FastAPI, worker: Worker, model: ServedModel) -> None:
     def check(body: Sampling) -> None:
-        _check_name(model, body.model)
+        check_name(model, body.model)
         body.refuse_unsupported()
 
     def answer(body: Sampling, tokens: list[int], wanted: int | None, param: str) -> Answer:
@@ -156,6 +171,11 @@ def _completions(app: FastAPI, worker: Worker, model: ServedModel) -> None:
         tokens = await asyncio.to_thread(model.prompt_tokens, body.single())
         shape = Completion("cmpl-" + secrets.token_hex(12), model.name)
         return await _reply(answer(body, tokens, body.limit(), "prompt"), body, shape, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> None:
+        message = f"{model.name!r} generates text, it gives no embeddings; it is served on /v1/chat/completions"
+        raise RequestError(message, None, "wrong_kind_of_model", 404)
 
     @app.post("/predict")
     async def predict(body: PredictRequest, request: Request) -> JSON:
@@ -219,7 +239,7 @@ async def _reply(answer: Answer, body: Sampling, shape: Chat | Completion, reque
         return JSONResponse(shape.whole(await _collect(answer, request), answer))
     pieces = answer.pieces()
     # Errors up to the first piece still get their own status.
-    first = await _unless_gone(request, anext(pieces, ""))
+    first = await unless_gone(request, anext(pieces, ""))
     usage = body.stream_options is not None and body.stream_options.include_usage
     stream = _stream(answer, first, pieces, shape, usage)
     return Stream(stream)
@@ -260,10 +280,10 @@ async def _collect(answer: Answer, request: Request) -> str:
     async def everything() -> str:
         return "".join([piece async for piece in answer.pieces()])
 
-    return await _unless_gone(request, everything())
+    return await unless_gone(request, everything())
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, which is cancelled, and with it the request in the engine, when the client goes away."""
 
     async def disconnected() -> None:

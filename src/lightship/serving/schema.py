@@ -165,6 +165,46 @@ class PredictRequest(_Body):
     seed: int | None = Field(None, ge=0, lt=2**31)
 
 
+Text = Annotated[str, Field(min_length=1)]
+Many = 2048  # inputs of one request, as OpenAI's API has it
+
+
+class ClassifyRequest(_Body):
+    """POST /predict of a classifier: a text, or several."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=Many)]
+
+
+class Question(_Body):
+    """What to look for, and the text that holds the answer."""
+
+    question: Text
+    context: Text
+
+
+class AnswerRequest(_Body):
+    """POST /predict of an extractive question answerer."""
+
+    input: Question | Annotated[list[Question], Field(min_length=1, max_length=Many)]
+
+
+class EmbeddingsRequest(_Body):
+    """POST /v1/embeddings: texts, or token ids of this model, special tokens included."""
+
+    model: str | None = None
+    input: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=Many)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = Field(None, max_length=1000)
+
+    def inputs(self) -> list[str] | list[list[int]]:
+        """The inputs, one or several."""
+        given = self.input
+        if isinstance(given, str):
+            return [given]
+        return [given] if isinstance(given[0], int) else given  # type: ignore[list-item, return-value]
+
+
 def _refuse(name: str, value: Any, fine: tuple[Any, ...]) -> None:
     if value not in fine:
         raise RequestError(f"{name} is not supported by this server yet", name, "unsupported_parameter")

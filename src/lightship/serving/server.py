@@ -52,6 +52,19 @@ def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
     return uvicorn.Server(config), app
 
 
+def _encoder_server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
+    """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
+    import uvicorn
+
+    from lightship.serving.encoder import Runner, ServedEncoder, create_app
+
+    target = bundle.targets[0]
+    runner = Runner(target, bundle.target_folder(target), settings)
+    app = create_app(runner, ServedEncoder(bundle.name, bundle.digest, runner.encoder))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    return uvicorn.Server(config), app
+
+
 def url_of(bound: socket.socket) -> str:
     """http://host:port of a bound socket."""
     host, port = bound.getsockname()[:2]
@@ -71,15 +84,21 @@ def serve(
     """
     with bind(host, port) as bound:
         path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
-        worker = Worker(Bundle.stated_target(path), settings or EngineSettings())
-        worker.spawn()  # imports its runtime while the bundle is verified
-        try:
+        settings = settings or EngineSettings()
+        if Bundle.stated_kind(path) == "decoder":
+            worker = Worker(Bundle.stated_target(path), settings)
+            worker.spawn()  # imports its runtime while the bundle is verified
+            try:
+                opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            except BaseException:
+                worker.kill()
+                raise
+            progress(f"{opened.name} is intact; loading")
+            server, app = _server(opened, worker)
+        else:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        except BaseException:
-            worker.kill()
-            raise
-        progress(f"{opened.name} is intact; loading")
-        server, app = _server(opened, worker)
+            progress(f"{opened.name} is intact; loading")
+            server, app = _encoder_server(opened, settings)
         watching = threading.Thread(target=_watch, args=(server, app, url_of(bound), progress), daemon=True)
         watching.start()
         with _signals_end_quietly():
@@ -119,7 +138,11 @@ def running(
     """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     with bind(host, port) as bound:
-        server, _ = _server(opened, Worker(opened.targets[0], settings or EngineSettings()))
+        settings = settings or EngineSettings()
+        if opened.kind == "decoder":
+            server, _ = _server(opened, Worker(opened.targets[0], settings))
+        else:
+            server, _ = _encoder_server(opened, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:

@@ -1,4 +1,4 @@
-"""OpenVINO: decoders as one stateful graph for prefill and decode, served by continuous batching (OpenVINO GenAI)."""
+"""OpenVINO: decoders as one stateful graph, served by continuous batching (OpenVINO GenAI); encoders as one graph."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
+from lightship.targets import _openvino_encoder
 
 # openvino and nncf report to an analytics service as soon as they are imported, unless this package is missing; None is
 # how Python itself marks a module as missing. Nothing else of theirs opens a socket.
@@ -32,15 +33,6 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 EXTRA = "build"
 NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 GRAPH = "openvino_model.xml"
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "structure.json",
-)
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
 # fp32 the other approximations are off too; the rest take the runtime's default arithmetic for this processor.
@@ -56,7 +48,8 @@ SERVED_AT: dict[str, dict[str, Any]] = {
 
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
-    """Write `checkpoint` as one stateful graph: batch and length dynamic, left padding by the attention mask.
+    """Write `checkpoint` as one graph, batch and length dynamic, padding by the attention mask: a decoder's is stateful
+    and padded on the left, an encoder's is neither.
 
     `dtype` overrides the dtype of the weights (`float32`, `bfloat16`); activations are traced in float32.
     Raises `UnsupportedError` when the exporter cannot trace the architecture.
@@ -64,12 +57,21 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     import openvino as ov
 
     folder.mkdir(parents=True, exist_ok=True)
-    graph = _trace(checkpoint, dtype)
+    encodes = checkpoint.kind != "decoder"
+    graph = _openvino_encoder.trace(checkpoint, dtype) if encodes else _trace(checkpoint, dtype)
     _drop_recorded_precision(graph)
     _simplify(graph)
     ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
-    carry_files(checkpoint.folder, folder)
-    _write_tokenizer(checkpoint.folder, folder)
+    if encodes:
+        checkpoint.carry_files(folder)
+    else:
+        _write_tokenizer(checkpoint.carry(folder), folder)
+
+
+def settle_encoder(precision: Precision) -> None:
+    """Raise `UnsupportedError` for precisions at which encoders are not shipped."""
+    if precision.name == "int4":
+        raise UnsupportedError("encoders are not shipped at int4", hint="use --precision fp32, bf16 or int8")
 
 
 def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
@@ -116,26 +118,11 @@ def _simplify(graph: Any) -> None:
     apply_moc_transformations(graph, cf=False)
 
 
-def carry_files(source: Path, folder: Path) -> None:
-    """Copy the configuration and tokenizer files that a runtime folder carries."""
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _write_tokenizer(source: Path, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Put OpenVINO's tokenizer and detokenizer beside `tokenizer.json` and check that they give the same ids."""
     import openvino as ov
     import openvino_tokenizers
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError(
-            f"{source} has no fast tokenizer (tokenizer.json)",
-            hint="save it once with transformers' AutoTokenizer.from_pretrained(…, use_fast=True)",
-        )
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     with output_on_stderr():
         encoder, decoder = openvino_tokenizers.convert_tokenizer(
             tokenizer, with_detokenizer=True, skip_special_tokens=True
@@ -182,9 +169,11 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
         ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
     del graph
     gc.collect()
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.rglob("*")):
         if path.is_file() and not path.name.startswith("openvino_model"):
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _compress_int4(graph: Any, precision: Precision, calibration: Sequence[Sequence[int]]) -> Any:
@@ -294,6 +283,12 @@ class OpenVINOScorer:
 def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OpenVINOScorer:
     """Load `folder` for scoring at the precisions it is served at."""
     return OpenVINOScorer(folder, settings or EngineSettings())
+
+
+def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _openvino_encoder.OpenVINOEncoder:
+    """Load an encoder's `folder`. Raises `SourceError` when it holds no graph, or one of another kind."""
+    _check_graph(folder)
+    return _openvino_encoder.OpenVINOEncoder(folder / GRAPH, properties(folder, settings or EngineSettings()))
 
 
 class OpenVINOEngine:
@@ -461,6 +456,10 @@ def preload() -> None:
 
 def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
+    _check_graph(folder)
+    return OpenVINOEngine(folder, settings or EngineSettings())
+
+
+def _check_graph(folder: Path) -> None:
     if not (folder / GRAPH).is_file():
         raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
-    return OpenVINOEngine(folder, settings or EngineSettings())

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.checkpoint import Checkpoint
+from lightship.encoder import OUTPUTS
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import UnsupportedError
+from lightship.targets._encoder import joined, takes_types
 
 EXTRA = "build"
 
@@ -194,3 +196,39 @@ class TorchEngine:
 def open(folder: Path, settings: EngineSettings | None = None) -> TorchEngine:
     """Load the checkpoint in `folder` to measure its speed and memory."""
     return TorchEngine(folder, settings or EngineSettings())
+
+
+class TorchEncoder:
+    """An encoder's checkpoint, in float32 when `inference_precision` is `f32`, else in its own dtype: the reference of
+    the gates and the baseline of every figure."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        import torch
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        checkpoint = Checkpoint(folder)
+        self._model = checkpoint.load("float32" if settings.inference_precision == "f32" else None)
+        self._gives = OUTPUTS[checkpoint.kind]
+        self._typed = takes_types(self._model)
+
+    def run(
+        self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], types: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """See `EncoderEngine`."""
+        import torch
+
+        given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if self._typed:
+            given["token_type_ids"] = torch.from_numpy(types)
+        with torch.inference_mode():
+            out = self._model(**given)
+        return joined([out[name].float().numpy() for name in self._gives])
+
+    def close(self) -> None:
+        del self._model
+
+
+def open_encoder(folder: Path, settings: EngineSettings | None = None) -> TorchEncoder:
+    """Load an encoder's checkpoint in `folder`. Raises `SourceError` or `UnsupportedError` as `Checkpoint.load`."""
+    return TorchEncoder(folder, settings or EngineSettings())

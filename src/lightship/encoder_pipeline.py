@@ -1,0 +1,335 @@
+"""The walk of an encoder: read → original → (export → gate → quantise → gate) per target → evaluate → pack.
+
+Beside `pipeline`, which holds the verbs and the walk of a decoder, the only module that knows several stages.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lightship.bundle import Bundle, pack
+from lightship.checkpoint import Checkpoint
+from lightship.encoder import Encoder
+from lightship.engine import EngineSettings
+from lightship.errors import UnsupportedError
+from lightship.evaluation import encoders, memory
+from lightship.evaluation.encoders import Distance, Rows
+from lightship.evaluation.text import open_text
+from lightship.find import find
+from lightship.machine import machine
+from lightship.output import appear
+from lightship.papers import encoder_report, manifest_of, write_papers
+from lightship.recipe import COSINE_LIMITS, KLD_LIMITS, Recipe, parse_accepts
+from lightship.report import Metric, Report
+from lightship.sources import look
+from lightship.work import Progress, Stage, Work, digest_of
+
+TARGETS = ("openvino", "onnx")  # both are made and measured when the recipe names none
+EXACT = EngineSettings(inference_precision="f32", dynamic_quantisation_group=0)
+ROWS = {"quick": 64, "full": 256}  # texts to score on
+REPEATS = {"quick": 5, "full": 15}
+PER_TARGET = ("export", "gate export", "quantise", "gate")
+
+
+def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
+    """The targets that `recipe` means: its own, else all of `TARGETS` that can do its precision, the rest said.
+
+    Asked before any work. Raises `UnknownName`, or `UnsupportedError` for what no target meant can do.
+    """
+    if recipe.golden is not None:
+        raise UnsupportedError("golden cases are for models that generate", hint="leave golden out")
+    kept, refusals = [], []
+    for name in (recipe.target,) if recipe.target else TARGETS:
+        target = find("targets", name)
+        if not hasattr(target, "settle_encoder"):
+            raise UnsupportedError(f"encoders are not shipped to the target {name!r}", hint="use openvino or onnx")
+        try:
+            target.settle_encoder(recipe.precision)
+            kept.append(name)
+        except UnsupportedError as error:
+            refusals.append(error)
+    if not kept:
+        raise refusals[0]
+    for error in refusals:
+        progress(f"one target left out: {error.message}")
+    return tuple(kept)
+
+
+def stages(targets: tuple[str, ...], convert: bool = False) -> tuple[str, ...]:
+    """Every stage of a run, in order."""
+    each = tuple(f"{stage} {target}" for target in targets for stage in PER_TARGET)
+    return ("read", "original", *each, *(() if convert else ("evaluate", "pack")))
+
+
+# ── Stages ──────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Source:
+    """The original and the texts to compare on."""
+
+    checkpoint: Checkpoint
+    encoder: Encoder
+    gate: Rows
+    score: Rows
+    describe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Runtime folders that passed every gate, by target, and what they came from."""
+
+    source: Source
+    original: Stage
+    runtimes: Mapping[str, Stage]
+    gates: Mapping[str, tuple[Stage, ...]]
+
+    def runtime(self, target: str) -> Path:
+        """The runtime folder of `target`."""
+        return self.runtimes[target].folder / "runtime"
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything a bundle is packed from."""
+
+    gated: Gated
+    evaluated: Stage
+
+    @property
+    def targets(self) -> list[str]:
+        """The faster first."""
+        return list(self.evaluated.result["targets"])
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Of the gates and of the evaluation; those of other targets than the first carry its name at their end."""
+        found = []
+        for target in self.targets:
+            for stage in self.gated.gates[target]:
+                found += _named(_metrics(stage), target, self.targets)
+        return found + _metrics(self.evaluated)
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the stages that decide what is in the bundle."""
+        made = [self.gated.runtimes[target].digest for target in self.targets]
+        return [self.gated.original.digest, *made, self.evaluated.digest]
+
+
+def _metrics(stage: Stage) -> list[Metric]:
+    return [Metric(**entry) for entry in stage.result["metrics"]]
+
+
+def _named(metrics: list[Metric], target: str, order: list[str]) -> list[Metric]:
+    first = target == order[0]
+    return [metric if first else replace(metric, name=f"{metric.name}_{target}") for metric in metrics]
+
+
+def _limit(recipe: Recipe, encoder: Encoder, precision: str | None = None) -> float:
+    """What the mean distance must keep: at the recipe's precision, or at another as long as none was accepted."""
+    name, limits = ("cosine_loss", COSINE_LIMITS) if encoder.kind == "embedder" else ("kld", KLD_LIMITS)
+    accepted = parse_accepts(recipe.accept).get(name)
+    if precision is None:
+        return limits[recipe.precision.name] if accepted is None else accepted
+    return max(limits[precision], accepted or 0.0)
+
+
+def build(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Built:
+    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails."""
+    found = gated(recipe, work, targets)
+    runtimes = {target: found.runtime(target) for target in targets}
+    depends = {"runtimes": [found.runtimes[target].digest for target in targets]}
+    return Built(found, _evaluate(recipe, work, found.source, runtimes, depends, check=True))
+
+
+def gated(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Gated:
+    """From the source to runtime folders that passed every gate."""
+    source = read(recipe, work)
+    original = _original(work, source)
+    runtimes, gates = {}, {}
+    for name in targets:
+        target = find("targets", name)
+        exported = _export(recipe, work, source, name, target)
+        first = _gate(recipe, work, source, original, exported, f"gate export {name}", target, exact=True)
+        runtimes[name] = _quantise(recipe, work, exported, name, target)
+        gates[name] = (first, _gate(recipe, work, source, original, runtimes[name], f"gate {name}", target))
+    return Gated(source, original, runtimes, gates)
+
+
+def read(recipe: Recipe, work: Work) -> Source:
+    """The checkpoint where it lies, and the rows to gate and to score on."""
+    work.announce("read")
+    checkpoint = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say).read(
+        work.folder, work.say
+    )
+    encoder = Encoder.load(checkpoint.folder)
+    work.say(f"{checkpoint.config.get('model_type')} ({encoder.kind}), {checkpoint.weight_bytes / 1e6:.0f} MB of "
+             f"{checkpoint.dtype}, context {encoder.context}")  # fmt: skip
+    if encoder.kind == "embedder":
+        stated = "as the model states" if encoder.pooling.stated else "the model states none (no modules.json)"
+        scaled = ", scaled to length 1" if encoder.pooling.normalise else ""
+        work.say(f"pooling: {encoder.pooling.mode}{scaled}; {stated}")
+    text = open_text(recipe.text, None)
+    gate, score = (
+        encoders.gate_rows(encoder, open_text(None, None)),
+        encoders.score_rows(encoder, text, ROWS[recipe.evaluate]),
+    )
+    describe = {"name": text.name, "default_only": text.default, "scoring_sha256": score.digest,
+                "calibration_sha256": None, "tokens": sum(map(len, score.rows))}  # fmt: skip
+    return Source(checkpoint, encoder, gate, score, describe)
+
+
+def _original(work: Work, source: Source) -> Stage:
+    """Record what the gate's rows mean to the original, then free it."""
+
+    def make(folder: Path) -> None:
+        engine = find("targets", "pytorch").open_encoder(source.checkpoint.folder, EXACT)
+        encoders.record(source.encoder, engine, source.gate, folder / "gate")
+        engine.close()
+        gc.collect()
+
+    depends = {"checkpoint": source.checkpoint.digest(), "tokens": digest_of(source.gate.tokens)}
+    return work.stage("original", depends, make)
+
+
+def _export(recipe: Recipe, work: Work, source: Source, name: str, target: ModuleType) -> Stage:
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(recipe.precision.name)
+    depends = {"checkpoint": source.checkpoint.digest(), "target": name, "dtype": dtype}
+    return work.stage(f"export {name}", depends,
+                      lambda folder: target.export(source.checkpoint, folder / "runtime", dtype))  # fmt: skip
+
+
+def _quantise(recipe: Recipe, work: Work, exported: Stage, name: str, target: ModuleType) -> Stage:
+    """The runtime folder at the precision asked for, as it will be served."""
+    precision = recipe.precision
+
+    def make(folder: Path) -> None:
+        if precision.name == "int8":
+            target.quantise(exported.folder / "runtime", folder / "runtime", precision, ())
+        else:
+            work.say(f"{precision.name}: nothing to do")
+            shutil.copytree(exported.folder / "runtime", folder / "runtime")
+        target.finish(folder / "runtime", precision)
+
+    depends = {"export": exported.digest, "precision": precision.model_dump(mode="json")}
+    return work.stage(f"quantise {name}", depends, make)
+
+
+def _gate(
+    recipe: Recipe, work: Work, source: Source, original: Stage, made: Stage, stage: str, target: ModuleType,
+    *, exact: bool = False,
+) -> Stage:  # fmt: skip
+    """Compare what was made with the original: `exact`, the export before it is quantised, else as it is served."""
+    rounded = recipe.precision.name == "bf16" and source.checkpoint.dtype != "bfloat16"
+    limit = _limit(recipe, source.encoder, ("bf16" if rounded else "fp32") if exact else None)
+
+    def make(folder: Path) -> dict[str, Any]:
+        engine = target.open_encoder(made.folder / "runtime", EXACT if exact else EngineSettings())
+        found = encoders.distance(source.encoder, engine, source.gate, original.folder / "gate")
+        engine.close()
+        _judge(work, found, limit, stage)
+        return _kept(found.metrics("export_gate_" if exact else "gate_"))
+
+    return work.stage(stage, {"made": made.digest, "original": original.digest, "limit": limit}, make)
+
+
+def _judge(work: Work, found: Distance, limit: float, stage: str) -> None:
+    for line in found.lines():
+        work.say(line)
+    work.say(f"limit on {'1 − mean cosine' if found.embeds else 'mean KLD'} {limit:g}")
+    encoders.check_distance(found, limit, stage)
+    gc.collect()
+
+
+def _kept(metrics: list[Metric]) -> dict[str, Any]:
+    return {"metrics": [asdict(metric) for metric in metrics]}
+
+
+def _evaluate(
+    recipe: Recipe, work: Work, source: Source, runtimes: Mapping[str, Path], depends: dict[str, Any], *, check: bool
+) -> Stage:
+    """Quality on held-out text; then speed and memory of original and candidates, a fresh process each. With `check`
+    a distance above the limit is an error. The result names the targets, the faster first."""
+    limit = _limit(recipe, source.encoder)
+
+    def make(folder: Path) -> dict[str, Any]:
+        engine = find("targets", "pytorch").open_encoder(source.checkpoint.folder, EXACT)
+        encoders.record(source.encoder, engine, source.score, folder / "reference")
+        engine.close()
+        metrics: dict[str, list[Metric]] = {}
+        for name, runtime in runtimes.items():
+            engine = find("targets", name).open_encoder(runtime)
+            found = encoders.distance(source.encoder, engine, source.score, folder / "reference")
+            engine.close()
+            if check:
+                _judge(work, found, limit, f"evaluate {name}")
+            metrics[name] = found.metrics()
+        shutil.rmtree(folder / "reference")
+        gc.collect()
+        original = memory.probe("pytorch", source.checkpoint.folder, repeats=REPEATS[recipe.evaluate])
+        for name, runtime in runtimes.items():
+            metrics[name] += memory.paired(original, memory.probe(name, runtime, repeats=REPEATS[recipe.evaluate]))
+            metrics[name].append(memory.size_metric(runtime, source.checkpoint.size_bytes))
+        order = sorted(runtimes, key=lambda name: -_speed(metrics[name]))
+        for name in order:
+            work.say(f"{name}: {_speed(metrics[name]):.1f} sequences/s (geometric mean of batches of 1 and 32)")
+        return {"targets": order, **_kept([m for name in order for m in _named(metrics[name], name, order)])}
+
+    every = {"checkpoint": source.checkpoint.digest(), "text": source.score.digest, "machine": machine(),
+             "level": recipe.evaluate, "targets": list(runtimes), "limit": limit, **depends}  # fmt: skip
+    return work.stage("evaluate", every, make)
+
+
+def _speed(metrics: list[Metric]) -> float:
+    """Sequences/s: the geometric mean of single sequences and batches of 32."""
+    found = {metric.name: metric.value for metric in metrics}
+    return math.sqrt(found["batch1"] * found["batch32"])
+
+
+# ── Packing, and a bundle on the machine that serves it ─────────────────────
+
+
+def seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> Bundle:
+    """Seal the bundle beside `out`, then let it appear under its name in one rename."""
+    work.announce("pack")
+    content, source = folder / "content", built.gated.source
+    for target in built.targets:
+        shutil.copytree(built.gated.runtime(target), content / "targets" / target)
+    encoders.write_golden(source.encoder, source.gate, built.gated.original.folder / "gate", content / "golden")
+    write_papers(content, recipe, report(recipe, source, built.metrics))
+    sealed = pack(content, manifest_of(recipe, source.checkpoint, out.name, built.targets))
+    appear(sealed.folder, out)
+    return Bundle.open(out)
+
+
+def report(recipe: Recipe, source: Source, metrics: list[Metric]) -> Report:
+    """What was measured, with its limits."""
+    name = "cosine_loss" if source.encoder.kind == "embedder" else "kld"
+    limit = (name, _limit(recipe, source.encoder))
+    return encoder_report(recipe, source.checkpoint, source.describe, metrics, limit)
+
+
+def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Report]:
+    """Measure the targets of `bundle` against the source that `recipe` names; returns that source too."""
+    source = read(recipe, work)
+    runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
+    found = _evaluate(recipe, work, source, runtimes, {"bundle": bundle.digest}, check=False)
+    return source.checkpoint, report(recipe, source, _metrics(found))
+
+
+def replayed(bundle: Bundle, target: str) -> Metric:
+    """The golden rows of `bundle` on its `target` here, against what they mean to the original; with its limit."""
+    runtime = bundle.target_folder(target)
+    engine = find("targets", target).open_encoder(runtime)
+    found = encoders.replay(Encoder.load(runtime), engine, *bundle.golden_outputs())
+    engine.close()
+    metric = found.metrics("golden_")[0]
+    return replace(metric, baseline=None, limit=float(bundle.report.meta[f"limit_{found.name}"]))

@@ -1,0 +1,541 @@
+"""ONNX Runtime: decoders as one graph in 8 or 4 bits, one sequence at a time; encoders as a plain graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightship.checkpoint import Checkpoint
+from lightship.engine import EngineSettings, Event, GenerationParams
+from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
+from lightship.recipe import Precision
+from lightship.sampling import choose, log_softmax
+from lightship.targets import _onnx_encoder
+
+EXTRA = "build"
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
+PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
+PLAIN = ("input_ids", "attention_mask", "position_ids", KEEP)
+GROUPS = (16, 32, 64, 128, 256)  # sizes that MatMulNBits knows
+INT8_GROUP = 64  # weights that share a scale in int8; in int4 the recipe says
+CHUNK = 2**22  # weights quantised at a time
+ACCURACY_LEVEL = 1  # of MatMulNBits: computed in float32
+DOMAIN = "com.microsoft"
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+# ── Checkpoint → runtime folder ─────────────────────────────────────────────
+
+
+def settle(precision: Precision) -> tuple[Precision, list[str]]:
+    """`precision` as this target carries it out, and what to tell about the difference. Asked before any work.
+
+    Weights are rounded to nearest: AWQ and scale estimation, on by default, are set to off and said to be. Raises
+    `UnsupportedError` for bf16, GPTQ, mixed 4 and 8 bits in the body, and groups that the kernels do not know.
+    """
+    if precision.name == "bf16":
+        raise UnsupportedError("ONNX Runtime has no bf16 matrix product on CPU",
+                               hint="use --precision fp32, int8 or int4, or --target openvino")  # fmt: skip
+    if precision.name != "int4":
+        return precision, []
+    if precision.group_size not in GROUPS:
+        raise UnsupportedError(f"ONNX Runtime has no kernels for groups of {precision.group_size} weights",
+                               hint=f"use a --group-size of {', '.join(map(str, GROUPS))}")  # fmt: skip
+    if precision.gptq or precision.ratio < 1:
+        raise UnsupportedError(
+            f"{'gptq' if precision.gptq else 'a ratio below 1'} is not available for ONNX: weights are rounded to "
+            "nearest, without calibration", hint="leave it out, or use --target openvino")  # fmt: skip
+    left_out = [name for name in ("awq", "scale_estimation") if getattr(precision, name)]
+    notes = [f"{' and '.join(left_out)} off: for ONNX weights are rounded to nearest"] if left_out else []
+    return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
+
+
+def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
+    """Write `checkpoint` as one float32 graph: batch and length dynamic, padding by the attention mask, on the left for
+    a decoder, on the right for an encoder.
+
+    A decoder's keys and values go in and out (`input.past_key_values…`, `output.past_key_values…`); an empty past is a
+    prefill.
+    Raises `UnsupportedError` for another `dtype` than float32 and for architectures that cannot be traced or keep
+    another state than keys and values.
+    """
+    import onnx_ir
+
+    if dtype not in (None, "float32"):
+        raise UnsupportedError(f"ONNX graphs are exported in float32, not {dtype}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.kind != "decoder":
+        model = _onnx_encoder.trace(checkpoint)
+        _forget(model)
+        checkpoint.carry_files(folder)
+    else:
+        model = _trace(checkpoint)
+        _tidy(model, checkpoint)
+        checkpoint.carry(folder)
+    onnx_ir.save(model, folder / GRAPH, external_data=DATA)
+
+
+def settle_encoder(precision: Precision) -> None:
+    """Raise `UnsupportedError` for precisions at which encoders are not shipped."""
+    _onnx_encoder.refuse(precision)
+
+
+def _trace(checkpoint: Checkpoint) -> Any:
+    """The `onnx_ir.Model` of `checkpoint`. Traced with two rows, one left-padded, so that no axis is specialised."""
+    import torch
+    from transformers.exporters import exporter_dynamo
+    from transformers.exporters import utils as exporter_utils
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    model = checkpoint.load("float32")
+    ids = torch.arange(2, 18).reshape(2, 8) % checkpoint.vocabulary
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    # they advise whoever wrote this call, not who runs it, and miss packages for vision models
+    for name in ("transformers", exporter_dynamo.__file__, "torch.onnx._internal.exporter._registration"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
+            warnings.simplefilter("ignore", DeprecationWarning)
+            parts = exporter_utils.decompose_for_generation(
+                model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+            )
+            submodel, inputs = parts["decode"]
+            # Positions whose logits are wanted: a prompt needs those of its last token only.
+            inputs[KEEP] = torch.arange(2)
+            return OnnxExporter().export(submodel, inputs, config=OnnxConfig(dynamic=True)).program
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+        raise UnsupportedError(
+            f"the architecture {checkpoint.config.get('model_type')!r} could not be exported to ONNX: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
+            hint="supported are decoder language models that transformers' ONNX exporter can trace",
+        ) from error
+
+
+def _tidy(model: Any, checkpoint: Checkpoint) -> None:
+    """Forget what the exporter recorded, and write heads and width of the cache into the inputs. Raises
+    `UnsupportedError` for a state that is not keys and values."""
+    graph = model.graph
+    outputs = {value.name: value for value in graph.outputs}
+    for value in graph.inputs:
+        made = outputs.get(value.name.replace(PAST, PRESENT, 1))
+        if made is not None and len(made.shape) == 4 and all(isinstance(made.shape[axis], int) for axis in (1, 3)):
+            for axis in (1, 3):
+                value.shape[axis] = made.shape[axis]
+        elif value.name not in PLAIN:
+            raise UnsupportedError(
+                f"the architecture {checkpoint.config.get('model_type')!r} needs the input {value.name!r} in ONNX",
+                hint="supported are decoders that keep nothing but keys and values",
+            )
+    _forget(model)
+
+
+def _forget(model: Any) -> None:
+    """Drop what the exporter recorded of this machine (stack traces)."""
+    graph = model.graph
+    for each in (model, graph, *graph, *graph.inputs, *graph.initializers.values()):
+        each.metadata_props.clear()
+    for node in graph:
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
+    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`; `calibration` is not used. For
+    encoders see `_onnx_encoder.quantise`; of decoders:
+
+    Symmetric, one float32 scale for a group of weights along the input. In int4, embedding and head take 8 bits unless
+    `precision.all_layers`. A matrix used twice, such as a tied table, is stored once.
+
+    This is not onnxruntime's own quantiser (`matmul_nbits_quantizer`): that one skips a tied head, stores its table a
+    second time, reads embeddings in 4 bits only, leaves `Gemm` alone (GPT-2) and turns on logging at import. The layout
+    and the rounding are the same, held by a test.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if Checkpoint(source).kind != "decoder":
+        _onnx_encoder.quantise(source / GRAPH, folder / GRAPH, DATA)
+    else:
+        _round(source, folder, precision)
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name not in (GRAPH, DATA):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def _round(source: Path, folder: Path, precision: Precision) -> None:
+    """The matrices of a decoder's graph, to nearest."""
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    model = onnx_ir.load(source / GRAPH)
+    uses = list(_matrix_uses(model.graph))
+    outer = {use.weight.name for use in uses if use.gathers} | {uses[-1].weight.name}  # embeddings, and the head
+    stored: dict[tuple[str, bool], tuple[Any, Any, int]] = {}
+    for use in uses:
+        key = (use.weight.name, use.rows_out)
+        if key not in stored:
+            bits = 4 if precision.name == "int4" and (precision.all_layers or use.weight.name not in outer) else 8
+            packed, scales = _store(model.graph, use, bits, _group(precision))
+            stored[key] = (packed, scales, bits)
+        _replace(model.graph, use, *stored[key], precision)
+    model.opset_imports[DOMAIN] = 1
+    RemoveUnusedNodesPass()(model)
+    onnx_ir.save(model, folder / GRAPH, external_data=DATA)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A node that multiplies by, or gathers from, a constant matrix. `rows_out`: the matrix is (outputs, inputs)."""
+
+    node: Any
+    weight: Any
+    rows_out: bool
+    gathers: bool
+
+
+def _matrix_uses(graph: Any) -> Iterator[_Use]:
+    """Every use of a constant matrix, in the order of the graph: the head comes last."""
+    for node in graph:
+        if node.op_type == "Gather" and _is_table(node.inputs[0]) and _number(node, "axis", 0) == 0:
+            yield _Use(node, node.inputs[0], True, True)
+        elif node.op_type == "MatMul":
+            made_by = node.inputs[1].producer()
+            if made_by is not None and made_by.op_type == "Transpose" and _is_matrix(made_by.inputs[0]):
+                yield _Use(node, made_by.inputs[0], True, False)
+            elif _is_matrix(node.inputs[1]):
+                yield _Use(node, node.inputs[1], False, False)
+        elif node.op_type == "Gemm" and _is_matrix(node.inputs[1]) and _is_affine(node):
+            yield _Use(node, node.inputs[1], _number(node, "transB", 0) == 1, False)
+
+
+def _is_matrix(value: Any) -> bool:
+    """Whether `value` is a constant float32 matrix."""
+    tensor = value.const_value if value is not None and value.is_initializer() else None
+    return tensor is not None and len(tensor.shape) == 2 and tensor.dtype.name == "FLOAT"
+
+
+def _is_table(value: Any) -> bool:
+    """Whether `value` is an embedding: tables that are computed, such as sines of positions, are no weights."""
+    return _is_matrix(value) and value.name.endswith("weight")
+
+
+def _is_affine(node: Any) -> bool:
+    return _number(node, "alpha", 1) == 1 and _number(node, "beta", 1) == 1 and _number(node, "transA", 0) == 0
+
+
+def _number(node: Any, name: str, default: float) -> float:
+    return node.attributes[name].value if name in node.attributes else default
+
+
+def _store(graph: Any, use: _Use, bits: int, block: int) -> tuple[Any, Any]:
+    """Register the quantised matrix of `use` and its scales as initializers."""
+    matrix = use.weight.const_value.numpy()
+    packed, scales = pack(matrix if use.rows_out else matrix.T, bits, block)
+    name = use.weight.name if use.rows_out else f"{use.weight.name}.turned"
+    return _register(graph, f"{name}.q{bits}", packed), _register(graph, f"{name}.scales", scales)
+
+
+def _register(graph: Any, name: str, array: npt.NDArray[Any]) -> Any:
+    """The initializer `name`, made of `array` when the graph has none of that name."""
+    import onnx_ir
+
+    if name not in graph.initializers:
+        tensor = onnx_ir.tensor(array, name=name)
+        kind = onnx_ir.TensorType(tensor.dtype)
+        graph.register_initializer(onnx_ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor))
+    return graph.initializers[name]
+
+
+def pack(matrix: Floats, bits: int, block: int) -> tuple[npt.NDArray[np.uint8], Floats]:
+    """Round `matrix` (outputs, inputs) to nearest in blocks of `block` inputs.
+
+    Returns the weights as MatMulNBits takes them, (outputs, blocks, block · bits / 8), two of 4 bits a byte, low half
+    first, offset by 2^(bits − 1); and the scales (outputs, blocks). A scale maps the value furthest from zero onto the
+    end of the range that has one more step. The last block is filled with zeros.
+    """
+    outputs, inputs = matrix.shape
+    blocks, half = -(-inputs // block), 2 ** (bits - 1)
+    packed = np.empty((outputs, blocks, block * bits // 8), np.uint8)
+    scales = np.empty((outputs, blocks), np.float32)
+    step = max(1, CHUNK // (blocks * block))
+    for start in range(0, outputs, step):
+        rows = np.zeros((min(step, outputs - start), blocks * block), np.float32)
+        rows[:, :inputs] = matrix[start : start + step]
+        rows = rows.reshape(-1, blocks, block)
+        furthest = np.take_along_axis(rows, np.abs(rows).argmax(-1)[..., None], -1)
+        scale = furthest / np.float32(-half)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+        levels = np.clip(np.floor(rows * inverse + np.float32(half + 0.5)), 0, 2 * half - 1).astype(np.uint8)
+        packed[start : start + step] = levels if bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4)
+        scales[start : start + step] = scale[..., 0]
+    return packed, scales
+
+
+def _replace(graph: Any, use: _Use, packed: Any, scales: Any, bits: int, precision: Precision) -> None:
+    """Put the quantised product, or look-up, in the place of the node of `use`."""
+    import onnx_ir
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    block = _group(precision)
+    outputs, inputs = use.weight.shape if use.rows_out else reversed(use.weight.shape)
+    if use.gathers:
+        nodes = _look_up(graph, use, packed, scales, bits, block)
+    else:
+        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+        attributes["accuracy_level"] = 1 if precision.arithmetic == "f32" else ACCURACY_LEVEL
+        nodes = [onnx_ir.node("MatMulNBits", [use.node.inputs[0], packed, scales], attributes, domain=DOMAIN)]
+        if len(use.node.inputs) > 2 and use.node.inputs[2] is not None:  # the bias of a Gemm
+            nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], use.node.inputs[2]]))
+    replace_nodes_and_values(graph, use.node, [use.node], nodes, use.node.outputs, nodes[-1].outputs)
+
+
+def _look_up(graph: Any, use: _Use, packed: Any, scales: Any, bits: int, block: int) -> list[Any]:
+    """Nodes that gather rows from the table in the layout of MatMulNBits; what fills its last block is cut off."""
+    import onnx_ir
+
+    outputs, blocks, size = packed.shape
+    width = use.weight.shape[1]
+    flat = _register(graph, f"{packed.name}.flat", np.array([outputs, blocks * size]))
+    nodes = [onnx_ir.node("Reshape", [packed, flat])]
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": bits}
+    inputs = [nodes[-1].outputs[0], use.node.inputs[1], scales]
+    nodes.append(onnx_ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN))
+    if blocks * block > width:
+        ends = {"start": 0, "end": width, "axis": -1}
+        bounds = [_register(graph, f"{packed.name}.{name}", np.array([number])) for name, number in ends.items()]
+        nodes.append(onnx_ir.node("Slice", [nodes[-1].outputs[0], *bounds]))
+    return nodes
+
+
+def _group(precision: Precision) -> int:
+    """Weights that share a scale."""
+    return precision.group_size if precision.name == "int4" else INT8_GROUP
+
+
+def finish(folder: Path, precision: Precision) -> None:
+    """Record in `engine.json` how the weights were made; there is nothing to choose when the folder is opened."""
+    weights = "float32"
+    if precision.name != "fp32":
+        weights = f"rounded to nearest without calibration, symmetric, one scale for {_group(precision)} weights"
+    if precision.name == "int8" and Checkpoint(folder).kind != "decoder":
+        weights = "int8, symmetric, one scale per output channel; activations quantised as they come"
+    recorded: dict[str, Any] = {"precision": precision.name, "settings": {}, "weights": weights}
+    (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+
+
+# ── Runtime folder → Engine, Scorer ─────────────────────────────────────────
+
+
+def _session(folder: Path, settings: EngineSettings) -> Any:
+    """The graph of `folder` in ONNX Runtime. Raises `SourceError` when there is none."""
+    import onnxruntime
+
+    if not (folder / GRAPH).is_file():
+        raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    # its threads would keep every core busy while they wait for the next token
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise EngineError(f"ONNX Runtime cannot load {folder / GRAPH}: {str(error)[:300]}") from error
+
+
+def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _onnx_encoder.OnnxEncoder:
+    """Load an encoder's `folder`. Raises `SourceError` when it holds no graph, or one of another kind."""
+    return _onnx_encoder.OnnxEncoder(_session(folder, settings or EngineSettings()), folder)
+
+
+class _Decoder:
+    """The graph of a runtime folder with the keys and values of what it has read so far."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        import onnxruntime
+
+        self._session = _session(folder, settings)
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        inputs = {node.name: node for node in self._session.get_inputs()}
+        self._sizes = {name: node.shape for name, node in inputs.items() if name.startswith(PAST)}
+        self._takes = [name for name in PLAIN if name in inputs]
+        self._outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in self._sizes)]
+        self.bytes_per_token = sum(4 * size[1] * size[3] for size in self._sizes.values())
+        self._past: dict[str, Any] = {}
+
+    def reset(self, rows: int) -> None:
+        """Forget what was read; the next ids come in `rows` rows."""
+        empty = {name: np.zeros((rows, size[1], 0, size[3]), np.float32) for name, size in self._sizes.items()}
+        self._past = {name: self._value(array) for name, array in empty.items()}
+
+    def read(self, ids: Ids, mask: Ids, last: bool = False) -> Floats:
+        """Logits (batch, new, vocabulary) of `ids` (batch, new), or of the last position only; `mask` covers the past
+        too, (batch, past + new). Positions count unmasked tokens."""
+        new = ids.shape[1]
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -new:]
+        keep = np.arange(new - 1 if last else 0, new)
+        given = dict(zip(PLAIN, (ids, mask, positions, keep), strict=True))
+        feeds = {name: self._value(np.ascontiguousarray(given[name], np.int64)) for name in self._takes}
+        logits, *present = self._session.run_with_ort_values(self._outputs, {**feeds, **self._past})
+        self._past = dict(zip(self._sizes, present, strict=True))
+        found: Floats = logits.numpy()
+        return found
+
+
+class OnnxScorer:
+    """The graph of a runtime folder, logits of every position."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        self._decoder = _Decoder(folder, settings)
+
+    def logits(self, ids: Ids, mask: Ids) -> Floats:
+        return np.concatenate(list(self.blocks(ids, mask, ids.shape[1])), axis=1)
+
+    def blocks(self, ids: Ids, mask: Ids, size: int) -> Iterator[Floats]:
+        """The logits of `size` positions at a time, (batch, ≤ size, vocabulary); the KV cache carries over."""
+        self._decoder.reset(ids.shape[0])
+        for start in range(0, ids.shape[1], size):
+            stop = min(start + size, ids.shape[1])
+            yield self._decoder.read(ids[:, start:stop], mask[:, :stop])
+
+
+def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OnnxScorer:
+    """Load `folder` for scoring. Raises `SourceError` when it holds no graph."""
+    return OnnxScorer(folder, settings or EngineSettings())
+
+
+@dataclass
+class _Request:
+    """A prompt, what it has produced, and how many of both the decoder has read."""
+
+    id: int
+    prompt: list[int]
+    params: GenerationParams
+    random: np.random.Generator
+    produced: list[int] = field(default_factory=list)
+    read: int = 0
+
+
+class OnnxEngine:
+    """One sequence at a time, first come, first served, no batching: a simple engine for machines where OpenVINO does
+    not run. Log-probabilities are the model's own, before penalties and temperature."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        checkpoint = Checkpoint(folder)
+        self.context = checkpoint.context_length
+        self.vocabulary = checkpoint.vocabulary
+        self.eos_token_ids = checkpoint.eos_token_ids
+        self._decoder = _Decoder(folder, settings)
+        self._chunk = settings.max_batched_tokens
+        self._room = int(settings.kv_cache_gb * 2**30 / max(self._decoder.bytes_per_token, 1))
+        self._waiting: deque[_Request] = deque()
+        self._running: _Request | None = None
+        self._next_id = 0
+
+    def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
+        self._check(tokens, params.max_tokens)
+        self._next_id += 1
+        self._waiting.append(_Request(self._next_id, list(tokens), params, np.random.default_rng(params.seed)))
+        return self._next_id
+
+    def _check(self, tokens: Sequence[int], new: int) -> None:
+        if not tokens:
+            raise RequestError("the prompt is empty", "prompt")
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", "prompt", "invalid_token_id")
+        for room, limit in ((self.context, "context"), (self._room, "KV cache")):
+            if len(tokens) + new > room:
+                raise ContextTooLong(f"{len(tokens)} prompt tokens and {new} new ones exceed the {limit} of {room}")
+
+    def step(self) -> list[Event]:
+        if self._running is None:
+            if not self._waiting:
+                return []
+            self._running = self._waiting.popleft()
+            self._decoder.reset(1)
+        request = self._running
+        logits = self._advance(request)
+        if logits is None:
+            return []
+        params = request.params
+        token = choose(logits, request.prompt, request.produced, params, request.random)
+        if not params.ignore_eos and token in (*self.eos_token_ids, *params.stop_token_ids):
+            self._running = None
+            return [Event(request.id, finish_reason="stop")]
+        request.produced.append(token)
+        done = len(request.produced) >= params.max_tokens
+        if done:
+            self._running = None
+        logprobs = (float(log_softmax(logits)[token]),) if params.logprobs else ()
+        return [Event(request.id, (token,), logprobs, "length" if done else None)]
+
+    def _advance(self, request: _Request) -> Floats | None:
+        """Read the next chunk; the logits (vocabulary,) after the last token, None while the prompt is unfinished."""
+        tokens = request.prompt + request.produced
+        chunk = tokens[request.read : request.read + self._chunk]
+        request.read += len(chunk)
+        logits = self._decoder.read(np.array([chunk]), np.ones((1, request.read), np.int64), last=True)
+        return logits[0, -1] if request.read == len(tokens) else None
+
+    def prompt_logprobs(self, tokens: Sequence[int]) -> Floats:
+        """log p(token[i] | tokens before i) for i ≥ 1 in the chunks that serving reads, shape (len(tokens) − 1,).
+
+        Raises `RequestError` for foreign ids or too many, `EngineError` while requests run: there is one cache.
+        """
+        if self.busy():
+            raise EngineError("prompts can only be scored while nothing is generated")
+        self._check(tokens, 0)
+        self._decoder.reset(1)
+        values: list[float] = []
+        for start in range(0, len(tokens), self._chunk):
+            chunk = np.array(tokens[start : start + self._chunk])
+            rows = self._decoder.read(chunk[None], np.ones((1, start + len(chunk)), np.int64))[0]
+            following = tokens[start + 1 : start + 1 + len(chunk)]
+            values.extend(float(log_softmax(row)[token]) for row, token in zip(rows, following, strict=False))
+        return np.array(values, np.float32)
+
+    def busy(self) -> bool:
+        return self._running is not None or bool(self._waiting)
+
+    def cancel(self, request_id: int) -> None:
+        self._waiting = deque(request for request in self._waiting if request.id != request_id)
+        if self._running is not None and self._running.id == request_id:
+            self._running = None
+
+    def stats(self) -> dict[str, Any]:
+        running = self._running is not None
+        return {"running": int(running), "waiting": len(self._waiting), "context": self.context,
+                "vocabulary": self.vocabulary, "batching": "none, one sequence at a time"}  # fmt: skip
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._running = None
+        del self._decoder
+
+
+def preload() -> None:
+    """Import the runtime before there is a folder to open."""
+    import onnxruntime  # noqa: F401
+
+
+def open(folder: Path, settings: EngineSettings | None = None) -> OnnxEngine:
+    """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
+    return OnnxEngine(folder, settings or EngineSettings())

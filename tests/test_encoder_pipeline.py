@@ -1,0 +1,129 @@
+"""Encoders, the whole way: both targets gated and measured, the faster first, the bundle checked and evaluated."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lightship.bundle import Bundle
+from lightship.encoder import Encoder
+from lightship.errors import BundleError, LimitExceeded, UnknownName, UnsupportedError
+from lightship.find import find
+from lightship.pipeline import check, convert, evaluate, run, ship
+from lightship.recipe import Precision, Recipe
+from tests.tiny import tiny_encoder
+
+LOOSE = ("kld<=3", "cosine_loss<=1")  # random models of 64 channels are no judges of int8
+
+
+def recipe(checkpoint, precision="fp32", **given):
+    return Recipe(source=str(checkpoint.folder), precision=Precision(name=precision), **given)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [
+    ("BertModel", {}),
+    ("RobertaForSequenceClassification", {"num_labels": 3}),
+    ("BertForQuestionAnswering", {}),
+    ("DistilBertForSequenceClassification", {"num_labels": 4, "problem_type": "multi_label_classification"}),
+])  # fmt: skip
+def test_encoders_ship_to_both_targets(tmp_path, architecture, changes):
+    checkpoint = tiny_encoder(tmp_path / "model", architecture, **changes)
+    bundle = ship(recipe(checkpoint), tmp_path / "fp32")
+    assert sorted(bundle.targets) == ["onnx", "openvino"]
+    first, second = bundle.targets
+    metrics = {metric.name: metric for metric in bundle.report.metrics}
+    name = "cosine_loss" if bundle.kind == "embedder" else "kld"
+    assert metrics[name].value < 1e-6 and metrics[f"{name}_{second}"].value < 1e-6
+
+    def speed(suffix):
+        return metrics[f"batch1{suffix}"].value * metrics[f"batch32{suffix}"].value
+
+    assert speed("") >= speed(f"_{second}")
+    assert all(metrics[key].baseline for key in ("load", "batch1", "batch32", "peak_rss", "size"))
+    assert bundle.manifest["kind"] == checkpoint.kind
+    smaller = ship(recipe(checkpoint, "int8", accept=LOOSE), tmp_path / "int8")
+    for target in (first, second):
+        weights = {path.name: path.stat().st_size for path in smaller.target_folder(target).iterdir()}
+        stored = weights["openvino_model.bin" if target == "openvino" else "model.onnx.data"]
+        assert stored < 0.45 * checkpoint.weight_bytes
+    report = check(tmp_path / "int8", repeats=1)
+    assert report.get(f"golden_{name}").value <= report.get(f"golden_{name}").limit
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    return tiny_encoder(tmp_path_factory.mktemp("embedder") / "model", "BertModel")
+
+
+@pytest.fixture(scope="module")
+def made(embedder, tmp_path_factory):
+    """The embedder shipped to one target only."""
+    out = tmp_path_factory.mktemp("made") / "fp32"
+    ship(recipe(embedder, target="onnx"), out)
+    return out
+
+
+def test_an_explicit_target_is_the_only_one(made, embedder):
+    bundle = Bundle.open(made)
+    assert bundle.targets == ["onnx"]
+    report = evaluate(made, str(embedder.folder))
+    assert report.get("cosine_loss").passed and "not the model" not in report.meta["verdict"]
+
+
+def test_check_finds_other_golden_values(made, tmp_path):
+    from lightship.bundle import pack
+
+    forged = shutil.copytree(made, tmp_path / "forged")
+    manifest = json.loads((forged / "manifest.json").read_text())
+    (forged / "manifest.json").unlink()
+    with np.load(forged / "golden" / "outputs.npz") as kept:
+        outputs = {name: -array for name, array in kept.items()}
+    np.savez(forged / "golden" / "outputs.npz", **outputs)
+    pack(forged, {key: manifest[key] for key in manifest if key not in ("files", "format", "version")})
+    with pytest.raises(LimitExceeded, match=r"1 − mean cosine is 2,? ?above|on this machine"):
+        check(forged, repeats=1)
+    np.savez(forged / "golden" / "outputs.npz", **{"0": np.zeros(3, np.float64)})
+    with pytest.raises(BundleError, match="golden/ cannot be read"):
+        Bundle(forged, manifest, "").golden_outputs()
+
+
+def test_a_gate_that_fails_ships_nothing(embedder, tmp_path):
+    with pytest.raises(LimitExceeded, match=r'1 − mean cosine .*\n.*\n.*--accept "cosine_loss<='):
+        ship(recipe(embedder, "int8", target="onnx", accept=("cosine_loss<=1e-9",)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_encoders_are_not_shipped_at(embedder, tmp_path):
+    for given, match in (
+        ({"precision": "int4"}, "int4"), ({"precision": "bf16", "target": "onnx"}, "bf16"),
+        ({"target": "fake"}, "not made to be shipped"), ({"golden": "cases.jsonl"}, "golden cases"),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=match):
+            ship(recipe(embedder, **given), tmp_path / "out")
+    with pytest.raises(UnknownName):
+        ship(recipe(embedder, target="opnvino"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_found_again(embedder, tmp_path):
+    said = []
+    once = recipe(embedder, target="openvino", out=str(tmp_path / "out"))
+    first = run(once, runs=tmp_path / "runs")
+    assert run(once, runs=tmp_path / "runs", progress=said.append).digest == first.digest
+    assert any("up to date" in line for line in said) and said.count("      done before") == 6
+
+
+def test_convert_leaves_a_runtime_folder(embedder, tmp_path):
+    folder = convert(recipe(embedder, "bf16"), tmp_path / "runtime")
+    encoder = Encoder.load(folder)
+    batch = encoder.pad_rows([_row(encoder, "a text"), _row(encoder, "a longer text here")])
+    vectors = encoder.meaning(find("targets", "openvino").open_encoder(folder).run(batch.ids, batch.mask, batch.types),
+                              batch.mask)  # fmt: skip
+    assert vectors.shape == (2, 64) and np.isfinite(vectors).all()
+
+
+def _row(encoder, text):
+    from lightship.encoder import row_of
+
+    return row_of(encoder.encode(text))
