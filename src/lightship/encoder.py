@@ -84,7 +84,7 @@ class Encoder:
     """A checkpoint or runtime folder as everybody but the runtime sees it.
 
     `context` in tokens, special ones included; `labels` of a classifier; with `several` each of them is a yes or no of
-    its own, else they exclude one another; `pooling` of an embedder; `lower`: texts are lower-cased first.
+    its own, else they exclude one another; `pooling` of an embedder; `lower`: a text is lower-cased first.
     """
 
     kind: Kind
@@ -102,17 +102,14 @@ class Encoder:
         """Read and check the folder's files. Raises `SourceError` or `UnsupportedError` for what does not fit."""
         checkpoint = Checkpoint(folder)
         config = checkpoint.config
-        kind, labels = checkpoint.kind, ()
-        sentence = _optional(folder / "sentence_bert_config.json")
-        if kind == "classifier":
-            labels = _labels(config, folder)
+        kind, sentence = checkpoint.kind, _optional(folder / "sentence_bert_config.json")
         found = Encoder(
             kind=kind,
             context=_context(checkpoint, sentence),
             vocabulary=checkpoint.vocabulary,
             pad=_pad(config),
             tokenizer=load_tokenizer(folder),
-            labels=labels,
+            labels=_labels(config, folder) if kind == "classifier" else (),
             several=config.get("problem_type") == "multi_label_classification",
             pooling=read_pooling(folder) if kind == "embedder" else Pooling(),
             lower=bool(sentence.get("do_lower_case")),
@@ -128,8 +125,7 @@ class Encoder:
     def encode(self, text: str, second: str | None = None, param: str | None = "input") -> Encoding:
         """The tokens of a text or a pair, special ones included. Raises `RequestError` for none or too many: nothing is
         ever cut off."""
-        texts = [each.lower() if self.lower else each for each in (text, second) if each is not None]
-        encoding = self.tokenizer.encode(*texts)
+        encoding = self.tokenizer.encode(text.lower() if self.lower else text, second)
         self.check(encoding.ids, param)
         return encoding
 

@@ -57,8 +57,8 @@ def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
             refusals.append(error)
     if not kept:
         raise refusals[0]
-    for error in refusals:
-        progress(f"one target left out: {error.message}")
+    for refusal in refusals:
+        progress(f"one target left out: {refusal.message}")
     return tuple(kept)
 
 

@@ -56,7 +56,7 @@ def gate_rows(encoder: Encoder, text: Text) -> Rows:
     found = score_rows(encoder, text, GATE_ROWS)
     body = "\n\n".join(document.text for document in text.split()[1].documents)
     full = _row(encoder, body, min(encoder.context, LONGEST))
-    empty = row_of(encoder.tokenizer.encode("", *_question(encoder, "")))
+    empty = row_of(encoder.tokenizer.encode("", "" if encoder.kind == "qa" else None))
     single = Row(full.ids[:1], full.types[:1])
     return Rows((*found.rows, full, single, *([empty] if len(empty) else [])), found.digest)
 
@@ -74,20 +74,16 @@ def score_rows(encoder: Encoder, text: Text, count: int) -> Rows:
     return Rows(tuple(rows), text.digest)
 
 
-def _question(encoder: Encoder, text: str) -> tuple[str, ...]:
-    """For extractive QA what stands before the text: its first words."""
-    return (" ".join(text.split()[:QUESTION]),) if encoder.kind == "qa" else ()
-
-
 def _row(encoder: Encoder, text: str, length: int) -> Row:
-    """`text` as a row of at most `length` tokens, special ones included; for extractive QA behind a question."""
-    texts = (*_question(encoder, text), text)
-    if encoder.lower:
-        texts = tuple(each.lower() for each in texts)
+    """`text` as a row of at most `length` tokens, special ones included; for extractive QA as question and context."""
+    pair = encoder.kind == "qa"
     tokenizer = Tokenizer.from_str(encoder.tokenizer.to_str())
-    longest = max(length, tokenizer.num_special_tokens_to_add(len(texts) > 1) + 2 * len(texts))
+    longest = max(length, tokenizer.num_special_tokens_to_add(pair) + 2 * (1 + pair))
     tokenizer.enable_truncation(min(longest, encoder.context))
-    return row_of(tokenizer.encode(*texts))
+    text = text.lower() if encoder.lower else text
+    if pair:
+        return row_of(tokenizer.encode(" ".join(text.split()[:QUESTION]), text))
+    return row_of(tokenizer.encode(text))
 
 
 # ── Original and candidate ──────────────────────────────────────────────────
@@ -158,7 +154,12 @@ def distance(encoder: Encoder, engine: EncoderEngine, rows: Rows, folder: Path) 
     for index, (_, meaning) in enumerate(_run(encoder, engine, rows)):
         with np.load(folder / f"{index:04}.npz", allow_pickle=False) as kept:
             parts.append(compare(encoder, kept["meaning"], meaning))
-    return Distance(*(np.concatenate(column) for column in zip(*parts, strict=True)), encoder.kind == "embedder")
+    return _distance(encoder, parts)
+
+
+def _distance(encoder: Encoder, parts: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Distance:
+    far, same = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Distance(far, same, encoder.kind == "embedder")
 
 
 def compare(encoder: Encoder, original: Floats, candidate: Floats) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -167,7 +168,7 @@ def compare(encoder: Encoder, original: Floats, candidate: Floats) -> tuple[npt.
         raise LightshipError(f"original and candidate differ in shape: {original.shape} and {candidate.shape}")
     rows = len(original)
     p, q = original.reshape(rows, -1).astype(np.float64), candidate.reshape(rows, -1).astype(np.float64)
-    finite = np.isfinite(q).all(-1)
+    finite: npt.NDArray[np.bool_] = np.atleast_1d(np.isfinite(q).all(-1))
     if encoder.kind == "embedder":
         norms = np.linalg.norm(p, axis=-1) * np.linalg.norm(q, axis=-1)
         far = 1 - (p * q).sum(-1) / np.maximum(norms, 1e-30)
@@ -217,4 +218,4 @@ def replay(
         batch = encoder.pad_rows([Row(tuple(ids), tuple(types))])
         meaning = encoder.meaning(engine.run(batch.ids, batch.mask, batch.types), batch.mask)
         parts.append(compare(encoder, output[None], meaning))
-    return Distance(*(np.concatenate(column) for column in zip(*parts, strict=True)), encoder.kind == "embedder")
+    return _distance(encoder, parts)

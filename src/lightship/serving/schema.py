@@ -202,7 +202,7 @@ class EmbeddingsRequest(_Body):
         given = self.input
         if isinstance(given, str):
             return [given]
-        return [given] if isinstance(given[0], int) else given  # type: ignore[list-item, return-value]
+        return [given] if isinstance(given[0], int) else given
 
 
 def _refuse(name: str, value: Any, fine: tuple[Any, ...]) -> None:
