@@ -31,6 +31,7 @@ bench: .venv/build.done
 	$(BIN)/python -m benchmarks.preflight llama
 	$(BIN)/python -m benchmarks.stages
 	$(BIN)/python -m benchmarks.precisions
+	$(BIN)/python -m benchmarks.fusions
 	$(BIN)/python -m benchmarks.serve
 
 .venv/build.done: pyproject.toml constraints.txt

@@ -82,7 +82,8 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the engine now: running, waiting, context, vocabulary size, …"""
+        """Figures of the engine now: running, waiting, context, vocabulary size, …; `batching` says whether requests
+        are computed together: `continuous`, or `none`, one at a time."""
         ...
 
     def close(self) -> None:
@@ -170,7 +171,8 @@ class FakeEngine:
         self._requests.pop(request_id, None)
 
     def stats(self) -> dict[str, Any]:
-        return {"running": len(self._requests), "context": self.context, "vocabulary": self.vocabulary}
+        return {"running": len(self._requests), "context": self.context, "vocabulary": self.vocabulary,
+                "batching": "continuous"}  # fmt: skip
 
     def close(self) -> None:
         self._requests.clear()

@@ -31,6 +31,7 @@ MESSAGES = [{"role": "user", "content": "Hello there"}]
 def test_models(client):
     assert [model.id for model in client.models.list().data] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    assert client.models.retrieve("tiny").model_extra["batching"] == "continuous"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 

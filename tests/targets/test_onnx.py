@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import onnx as onnx_protobuf
 import onnx_ir
 import pytest
 from click.testing import CliRunner
@@ -16,8 +18,17 @@ from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
 from lightship.cli.convert import command as convert_command
 from lightship.cli.ship import command as ship_command
+from lightship.cli.show import command as show_command
 from lightship.engine import EngineSettings, GenerationParams
-from lightship.errors import ContextTooLong, LimitExceeded, RequestError, SourceError, UnknownName, UnsupportedError
+from lightship.errors import (
+    ContextTooLong,
+    EngineError,
+    LimitExceeded,
+    RequestError,
+    SourceError,
+    UnknownName,
+    UnsupportedError,
+)
 from lightship.evaluation import divergence, parity
 from lightship.evaluation.text import scoring_set, tokeniser
 from lightship.pipeline import check, convert, ship
@@ -71,7 +82,7 @@ def gate(exported, tmp_path_factory):
 
 
 def test_the_export_is_the_original(exported, gate):
-    """Rows of different lengths in one left-padded batch, and 1 024 tokens read in blocks."""
+    """Rows of different lengths, and 1 024 tokens read in blocks."""
     found = parity.parity(gate, onnx.open_scorer(exported[1]))
     assert found.mean_kld < 1e-6 and found.top1 == 1.0 and found.greedy == 1.0
 
@@ -90,6 +101,58 @@ def test_a_wrong_rope_base_is_caught(llama, tmp_path):
 def test_nothing_of_this_machine_is_in_the_graph(exported):
     graph = (exported[1] / "model.onnx").read_bytes()
     assert b".py" not in graph and b"/" + b"site-packages" not in graph
+
+
+def stored_outside(graph):
+    """(name of the file, its length in bytes) of every weight; the graph itself holds a few numbers at most."""
+    model = onnx_protobuf.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx_protobuf.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            yield entries["location"], int(entries["length"])
+        else:
+            assert tensor.ByteSize() < 1024
+
+
+def test_weights_always_lie_beside_the_graph(exported, tmp_path):
+    """Protobuf ends at 2 GB. The file is named without a folder, so a bundle may be moved and nothing else is read."""
+    checkpoint, runtime = exported
+    onnx.quantise(runtime, tmp_path, Precision(name="int8"))
+    for folder, bytes_a_weight in ((runtime, 4), (tmp_path, 1)):
+        names, sizes = zip(*stored_outside(folder / "model.onnx"), strict=True)
+        assert set(names) == {"model.onnx.data"}
+        assert sum(sizes) > 0.98 * bytes_a_weight * checkpoint.weight_bytes / 4
+        assert (folder / "model.onnx.data").stat().st_size >= sum(sizes)
+
+
+def test_weights_outside_the_folder_are_not_read(exported, tmp_path):
+    """A graph may name any file as its weights; the runtime refuses those that its folder does not hold."""
+    _, runtime = exported
+    folder = shutil.copytree(runtime, tmp_path / "runtime")
+    (folder / "model.onnx.data").rename(tmp_path / "model.onnx.data")
+    model = onnx_protobuf.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../model.onnx.data"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="cannot load"):
+        onnx.open(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_more_than_two_gigabytes(tmp_path):
+    checkpoint = tiny_llama(tmp_path / "model", hidden_size=2048, intermediate_size=65_536, num_hidden_layers=1,
+                            vocab_size=131_072, initializer_range=0.05)  # fmt: skip
+    onnx.export(checkpoint, tmp_path / "runtime")
+    assert (tmp_path / "runtime" / "model.onnx.data").stat().st_size > 2.5 * 2**30
+    onnx.quantise(tmp_path / "runtime", tmp_path / "int8", Precision(name="int8"))
+    ids = np.array([PROMPT])
+    original = pytorch.open_scorer(checkpoint.folder).logits(ids, np.ones_like(ids))
+    for name, error in (("runtime", 1e-3), ("int8", 0.1)):
+        logits = onnx.open_scorer(tmp_path / name).logits(ids, np.ones_like(ids))
+        assert np.abs(logits - original).mean() < error * np.abs(original).mean()
 
 
 def test_the_engine_is_greedy_as_pytorch(exported):
@@ -184,6 +247,15 @@ def test_rounded_weights_are_near_and_stored_once(exported, gate, tmp_path, opti
     expected = tables * table_bits / 8 + matrices * body_bits / 8 + scales + other
     assert weight_bytes(tmp_path) == pytest.approx(expected, rel=0.03)
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_float32_arithmetic_is_nearer(exported, gate, tmp_path):
+    """`arithmetic: auto` rounds activations too; the difference must be there, or the option would do nothing."""
+    drift = {}
+    for arithmetic in ("auto", "f32"):
+        onnx.quantise(exported[1], tmp_path / arithmetic, Precision(name="int8", arithmetic=arithmetic))
+        drift[arithmetic] = parity.parity(gate, onnx.open_scorer(tmp_path / arithmetic)).mean_kld
+    assert 0 < drift["f32"] < 0.8 * drift["auto"]
 
 
 def test_what_does_not_fill_its_last_block(tmp_path):
@@ -297,7 +369,7 @@ def test_requests_wait_their_turn_and_can_be_cancelled(engine):
     alone = generate(engine, PROMPT, max_tokens=8, ignore_eos=True)
     params = GenerationParams(max_tokens=8, ignore_eos=True)
     first, second, third = (engine.submit(PROMPT, params) for _ in range(3))
-    assert engine.stats()["waiting"] == 3 and engine.stats()["batching"] == "none, one sequence at a time"
+    assert engine.stats()["waiting"] == 3 and engine.stats()["batching"] == "none"
     engine.step()
     engine.step()
     engine.cancel(first)
@@ -316,7 +388,9 @@ def test_what_cannot_be_served_is_refused(engine, bundle, tmp_path):
             engine.submit(tokens, GenerationParams(max_tokens=1))
     small = onnx.open(bundle.target_folder("onnx"), EngineSettings(kv_cache_gb=100 * 512 / 2**30))  # 100 tokens
     with pytest.raises(ContextTooLong, match="KV cache of 100"):
-        small.submit(PROMPT, GenerationParams(max_tokens=61))
+        small.submit([1] * 101, GenerationParams(max_tokens=1))
+    found = events(small, PROMPT, max_tokens=90, ignore_eos=True)  # who asks for more than there is gets what fits
+    assert len(found) == 62 and found[-1].error == "the KV cache is exhausted"
     shutil.copyfile(bundle.target_folder("onnx") / "config.json", tmp_path / "config.json")
     with pytest.raises(SourceError, match=r"holds no model\.onnx"):
         onnx.open(tmp_path)
@@ -340,10 +414,27 @@ print(len(engine.step()), onnx.open_scorer(folder).logits(np.array([[20, 21]]), 
     assert (done.returncode, done.stdout) == (0, "1 (1, 2, 512)\n"), done.stderr
 
 
+def test_show_says_that_requests_wait(bundle, bundle_path):
+    for folder, says in (
+        (bundle.folder, "targets   onnx (one request at a time)\n"),
+        (bundle_path, "targets   openvino\n"),
+    ):
+        assert says in CliRunner().invoke(show_command, [str(folder)]).stdout
+
+
 def test_the_bundle_is_served_and_checked(bundle):
+    """One request at a time is computed, and said; two clients at once both get their answer."""
     with running(bundle) as url:
-        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-        assert answer.status_code == 200 and 1 <= answer.json()["usage"]["completion_tokens"] <= 6
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["batching"] == "none"
+
+        def ask(number):
+            body = {"model": "tiny", "prompt": PROMPT[number:], "max_tokens": 20, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200 and 1 <= answer.json()["usage"]["completion_tokens"] <= 20
+            return answer.json()["choices"][0]["text"]
+
+        alone = [ask(number) for number in range(4)]
+        with ThreadPoolExecutor(4) as clients:
+            assert list(clients.map(ask, range(4))) == alone and len(set(alone)) > 1
     assert check(bundle.folder, repeats=1).get("golden_kld").value < 0.1
     assert Bundle.open(bundle.folder).report.meta["precision"]["name"] == "int8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -24,12 +25,22 @@ def command(bundle: str, as_json: bool) -> None:
     manifest = opened.manifest
     click.echo(f"{opened.name}  ({opened.size_bytes / 1e6:.1f} MB, {len(manifest['files'])} files, intact)")
     click.echo(f"digest    {opened.digest}")
-    click.echo(f"targets   {', '.join(opened.targets)}")
+    click.echo(f"targets   {', '.join(map(_target, opened.targets))}")
     click.echo(f"source    {_source(manifest['source'])}")
     click.echo(f"recipe    {_plain(manifest['recipe'])}")
     click.echo(f"created   {manifest['created']} on {_plain(manifest['machine'])}")
     click.echo(f"versions  {_plain(manifest['versions'])}\n")
     click.echo(opened.report.to_markdown())
+
+
+def _target(name: str) -> str:
+    """The name, and whether it takes one request at a time; a target that is not installed here says nothing."""
+    from lightship.errors import MissingExtra, UnknownName
+    from lightship.find import find
+
+    with contextlib.suppress(UnknownName, MissingExtra):
+        return f"{name} (one request at a time)" if getattr(find("targets", name), "BATCHING", "") == "none" else name
+    return name
 
 
 def _source(source: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -95,7 +95,7 @@ def create_app(worker: Worker, model: ServedModel) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit)
     _health(app, worker)
-    add_models(app, model)
+    add_models(app, model, lambda: worker.stats.get("batching"))
     _completions(app, worker, model)
     return app
 
@@ -128,19 +128,23 @@ class Card(Protocol):
     def created(self) -> int: ...
 
 
-def add_models(app: FastAPI, model: Card) -> None:
-    """/v1/models: the one that is served."""
-    card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "lightship",
-            "context_length": model.context, "digest": model.digest}  # fmt: skip
+def add_models(app: FastAPI, model: Card, batching: Callable[[], str | None] | None = None) -> None:
+    """/v1/models: the one that is served. `batching` tells what the engine says of itself, null until it is loaded:
+    `none` computes one request at a time."""
+
+    def card() -> JSON:
+        found = {"id": model.name, "object": "model", "created": model.created, "owned_by": "lightship",
+                 "context_length": model.context, "digest": model.digest}  # fmt: skip
+        return found if batching is None else {**found, "batching": batching()}
 
     @app.get("/v1/models")
     async def models() -> JSON:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card()]}
 
     @app.get("/v1/models/{name:path}")
     async def one(name: str) -> JSON:
         check_name(model, name)
-        return card
+        return card()
 
 
 def check_name(model: Card, name: str | None) -> None:

@@ -26,16 +26,20 @@ from lightship.targets import _onnx_encoder
 
 EXTRA = "build"
 GRAPH = "model.onnx"
+BATCHING = "none"  # one request at a time
 DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
 PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
 PLAIN = ("input_ids", "attention_mask", "position_ids", KEEP)
 GROUPS = (16, 32, 64, 128, 256)  # sizes that MatMulNBits knows
 INT8_GROUP = 64  # weights that share a scale in int8; in int4 the recipe says
 CHUNK = 2**22  # weights quantised at a time
-ACCURACY_LEVEL = 1  # of MatMulNBits: computed in float32
+# `accuracy_level` of MatMulNBits: activations rounded to 8 bits in the same groups, or float32. In int8 the demo model
+# then writes 57 tokens/s, not 5 (f32 unpacks every matrix for every token), at a mean KLD of 0.008, not 0.002.
+ACCURACY_LEVELS = {"auto": 4, "f32": 1}
 DOMAIN = "com.microsoft"
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Past = dict[str, Any]  # input → OrtValue (1, heads, read, width)
 
 
 # ── Checkpoint → runtime folder ─────────────────────────────────────────────
@@ -65,8 +69,8 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
 
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
-    """Write `checkpoint` as one float32 graph: batch and length dynamic, padding by the attention mask, on the left for
-    a decoder, on the right for an encoder.
+    """Write `checkpoint` as one float32 graph: an encoder's with batch and length dynamic, a decoder's
+    for one sequence with past and new length dynamic.
 
     A decoder's keys and values go in and out (`input.past_key_values…`, `output.past_key_values…`); an empty past is a
     prefill.
@@ -80,12 +84,13 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.kind != "decoder":
         model = _onnx_encoder.trace(checkpoint)
-        _forget(model)
         checkpoint.carry_files(folder)
     else:
         model = _trace(checkpoint)
-        _tidy(model, checkpoint)
+        _fix_sizes(model.graph, checkpoint)
+        _fuse(model)
         checkpoint.carry(folder)
+    _forget(model)
     onnx_ir.save(model, folder / GRAPH, external_data=DATA)
 
 
@@ -127,10 +132,11 @@ def _trace(checkpoint: Checkpoint) -> Any:
         ) from error
 
 
-def _tidy(model: Any, checkpoint: Checkpoint) -> None:
-    """Forget what the exporter recorded, and write heads and width of the cache into the inputs. Raises
+def _fix_sizes(graph: Any, checkpoint: Checkpoint) -> None:
+    """Write into the shapes that there is one sequence, and how many heads of which width the cache has. Raises
     `UnsupportedError` for a state that is not keys and values."""
-    graph = model.graph
+    import onnx_ir
+
     outputs = {value.name: value for value in graph.outputs}
     for value in graph.inputs:
         made = outputs.get(value.name.replace(PAST, PRESENT, 1))
@@ -142,15 +148,34 @@ def _tidy(model: Any, checkpoint: Checkpoint) -> None:
                 f"the architecture {checkpoint.config.get('model_type')!r} needs the input {value.name!r} in ONNX",
                 hint="supported are decoders that keep nothing but keys and values",
             )
-    _forget(model)
+    rows = {str(value.shape[0]) for value in graph.inputs if value.name != KEEP}  # the symbols of the batch
+    for value in (*graph.inputs, *(made for node in graph for made in node.outputs)):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([1 if str(size) in rows else size for size in value.shape])
+
+
+def _fuse(model: Any) -> None:
+    """Fuse attention, its cache and rotary embeddings, norms, and products of one input into ONNX Runtime's own
+    operators: the demo model has 489 nodes then, not 2 224. They take one sequence only where the length is dynamic."""
+    import onnx_ir
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    fuse_for_onnxruntime(model, "cpu")
+    for node in list(model.graph):
+        # The transpose that picks positions is fused into the head's product, which takes that for batches of
+        # matrices only, and fails.
+        if node.op_type == "FusedMatMul" and "transBatchA" in node.attributes and len(node.inputs[1].shape) == 2:
+            turned = onnx_ir.node("Transpose", [node.inputs[0]], {"perm": [1, 0, 2]})
+            model.graph.insert_before(node, turned)
+            node.replace_input_with(0, turned.outputs[0])
+            node.attributes.pop("transBatchA")
 
 
 def _forget(model: Any) -> None:
     """Drop what the exporter recorded of this machine (stack traces)."""
-    graph = model.graph
-    for each in (model, graph, *graph, *graph.inputs, *graph.initializers.values()):
+    for each in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.initializers.values()):
         each.metadata_props.clear()
-    for node in graph:
+    for node in model.graph:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
@@ -221,7 +246,7 @@ def _matrix_uses(graph: Any) -> Iterator[_Use]:
                 yield _Use(node, made_by.inputs[0], True, False)
             elif _is_matrix(node.inputs[1]):
                 yield _Use(node, node.inputs[1], False, False)
-        elif node.op_type == "Gemm" and _is_matrix(node.inputs[1]) and _is_affine(node):
+        elif node.op_type in ("Gemm", "FusedMatMul") and _is_matrix(node.inputs[1]) and _is_affine(node):
             yield _Use(node, node.inputs[1], _number(node, "transB", 0) == 1, False)
 
 
@@ -237,7 +262,9 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_affine(node: Any) -> bool:
-    return _number(node, "alpha", 1) == 1 and _number(node, "beta", 1) == 1 and _number(node, "transA", 0) == 0
+    """Whether `node` is input · weight + bias, nothing scaled, only the weight turned perhaps."""
+    turned = any(_number(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+    return _number(node, "alpha", 1) == 1 and _number(node, "beta", 1) == 1 and not turned
 
 
 def _number(node: Any, name: str, default: float) -> float:
@@ -299,7 +326,7 @@ def _replace(graph: Any, use: _Use, packed: Any, scales: Any, bits: int, precisi
         nodes = _look_up(graph, use, packed, scales, bits, block)
     else:
         attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
-        attributes["accuracy_level"] = 1 if precision.arithmetic == "f32" else ACCURACY_LEVEL
+        attributes["accuracy_level"] = ACCURACY_LEVELS[precision.arithmetic]
         nodes = [onnx_ir.node("MatMulNBits", [use.node.inputs[0], packed, scales], attributes, domain=DOMAIN)]
         if len(use.node.inputs) > 2 and use.node.inputs[2] is not None:  # the bias of a Gemm
             nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], use.node.inputs[2]]))
@@ -331,12 +358,13 @@ def _group(precision: Precision) -> int:
 
 def finish(folder: Path, precision: Precision) -> None:
     """Record in `engine.json` how the weights were made; there is nothing to choose when the folder is opened."""
-    weights = "float32"
+    recorded: dict[str, Any] = {"precision": precision.name, "settings": {}, "weights": "float32"}
     if precision.name != "fp32":
-        weights = f"rounded to nearest without calibration, symmetric, one scale for {_group(precision)} weights"
+        recorded["weights"] = f"rounded to nearest, symmetric, one scale for {_group(precision)}, no calibration"
+        recorded["activations"] = "8 bits" if precision.arithmetic == "auto" else "float32"
     if precision.name == "int8" and Checkpoint(folder).kind != "decoder":
-        weights = "int8, symmetric, one scale per output channel; activations quantised as they come"
-    recorded: dict[str, Any] = {"precision": precision.name, "settings": {}, "weights": weights}
+        recorded["weights"] = "int8, symmetric, one scale per output channel"
+        recorded["activations"] = "quantised as they come"
     (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
@@ -353,8 +381,8 @@ def _session(folder: Path, settings: EngineSettings) -> Any:
     options.intra_op_num_threads = settings.threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
-    # its threads would keep every core busy while they wait for the next token
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Its threads wait for one another by spinning, but not for the next token: they would keep every core busy.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class
@@ -367,7 +395,7 @@ def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _onnx_
 
 
 class _Decoder:
-    """The graph of a runtime folder with the keys and values of what it has read so far."""
+    """The graph of a runtime folder. What a sequence has read lies with the caller: keys and values of every layer."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         import onnxruntime
@@ -379,29 +407,27 @@ class _Decoder:
         self._takes = [name for name in PLAIN if name in inputs]
         self._outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in self._sizes)]
         self.bytes_per_token = sum(4 * size[1] * size[3] for size in self._sizes.values())
-        self._past: dict[str, Any] = {}
+        self.vocabulary: int = next(made.shape[-1] for made in self._session.get_outputs() if made.name == "logits")
 
-    def reset(self, rows: int) -> None:
-        """Forget what was read; the next ids come in `rows` rows."""
-        empty = {name: np.zeros((rows, size[1], 0, size[3]), np.float32) for name, size in self._sizes.items()}
-        self._past = {name: self._value(array) for name, array in empty.items()}
+    def empty(self) -> Past:
+        """Nothing read yet."""
+        return {name: self._value(np.zeros((1, size[1], 0, size[3]), np.float32)) for name, size in self._sizes.items()}
 
-    def read(self, ids: Ids, mask: Ids, last: bool = False) -> Floats:
-        """Logits (batch, new, vocabulary) of `ids` (batch, new), or of the last position only; `mask` covers the past
-        too, (batch, past + new). Positions count unmasked tokens."""
-        new = ids.shape[1]
-        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -new:]
-        keep = np.arange(new - 1 if last else 0, new)
-        given = dict(zip(PLAIN, (ids, mask, positions, keep), strict=True))
-        feeds = {name: self._value(np.ascontiguousarray(given[name], np.int64)) for name in self._takes}
-        logits, *present = self._session.run_with_ort_values(self._outputs, {**feeds, **self._past})
-        self._past = dict(zip(self._sizes, present, strict=True))
-        found: Floats = logits.numpy()
-        return found
+    def read(self, ids: Ids, past: Past, last: bool = False) -> tuple[Floats, Past]:
+        """Logits (new, vocabulary) after each of `ids` (new,), or after the last only, and the past to go on with."""
+        start = next(iter(past.values())).shape()[2]
+        new, total = len(ids), start + len(ids)
+        given = (ids, np.ones(total), np.arange(start, total), np.arange(new - 1 if last else 0, new))
+        feeds = {name: np.ascontiguousarray(array, np.int64) for name, array in zip(PLAIN, given, strict=True)}
+        values = {name: self._value(feeds[name] if name == KEEP else feeds[name][None]) for name in self._takes}
+        logits, *present = self._session.run_with_ort_values(self._outputs, {**values, **past})
+        found: Floats = logits.numpy()[0]
+        return found, dict(zip(self._sizes, present, strict=True))
 
 
 class OnnxScorer:
-    """The graph of a runtime folder, logits of every position."""
+    """The graph of a runtime folder, logits of every position. Rows are read one by one, without their padding, whose
+    logits are 0."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         self._decoder = _Decoder(folder, settings)
@@ -411,10 +437,14 @@ class OnnxScorer:
 
     def blocks(self, ids: Ids, mask: Ids, size: int) -> Iterator[Floats]:
         """The logits of `size` positions at a time, (batch, ≤ size, vocabulary); the KV cache carries over."""
-        self._decoder.reset(ids.shape[0])
+        pasts = [self._decoder.empty() for _ in ids]
         for start in range(0, ids.shape[1], size):
-            stop = min(start + size, ids.shape[1])
-            yield self._decoder.read(ids[:, start:stop], mask[:, :stop])
+            part = ids[:, start : start + size]
+            logits = np.zeros((*part.shape, self._decoder.vocabulary), np.float32)
+            for row, real in enumerate(mask[:, start : start + size] == 1):
+                if real.any():
+                    logits[row, real], pasts[row] = self._decoder.read(part[row, real], pasts[row])
+            yield logits
 
 
 def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OnnxScorer:
@@ -424,12 +454,13 @@ def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OnnxSco
 
 @dataclass
 class _Request:
-    """A prompt, what it has produced, and how many of both the decoder has read."""
+    """A prompt, what it has produced, how many of both the decoder has read, and what it keeps of them."""
 
     id: int
     prompt: list[int]
     params: GenerationParams
     random: np.random.Generator
+    past: Past
     produced: list[int] = field(default_factory=list)
     read: int = 0
 
@@ -453,7 +484,8 @@ class OnnxEngine:
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         self._check(tokens, params.max_tokens)
         self._next_id += 1
-        self._waiting.append(_Request(self._next_id, list(tokens), params, np.random.default_rng(params.seed)))
+        random = np.random.default_rng(params.seed)
+        self._waiting.append(_Request(self._next_id, list(tokens), params, random, self._decoder.empty()))
         return self._next_id
 
     def _check(self, tokens: Sequence[int], new: int) -> None:
@@ -461,17 +493,20 @@ class OnnxEngine:
             raise RequestError("the prompt is empty", "prompt")
         if min(tokens) < 0 or max(tokens) >= self.vocabulary:
             raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", "prompt", "invalid_token_id")
-        for room, limit in ((self.context, "context"), (self._room, "KV cache")):
-            if len(tokens) + new > room:
-                raise ContextTooLong(f"{len(tokens)} prompt tokens and {new} new ones exceed the {limit} of {room}")
+        if len(tokens) + new > self.context:
+            raise ContextTooLong(f"{len(tokens)} prompt tokens and {new} new ones exceed the context of {self.context}")
+        if len(tokens) > self._room:
+            raise ContextTooLong(f"{len(tokens)} prompt tokens exceed the KV cache of {self._room}")
 
     def step(self) -> list[Event]:
         if self._running is None:
             if not self._waiting:
                 return []
             self._running = self._waiting.popleft()
-            self._decoder.reset(1)
         request = self._running
+        if len(request.prompt) + len(request.produced) > self._room:
+            self._running = None
+            return [Event(request.id, finish_reason="error", error="the KV cache is exhausted")]
         logits = self._advance(request)
         if logits is None:
             return []
@@ -492,22 +527,20 @@ class OnnxEngine:
         tokens = request.prompt + request.produced
         chunk = tokens[request.read : request.read + self._chunk]
         request.read += len(chunk)
-        logits = self._decoder.read(np.array([chunk]), np.ones((1, request.read), np.int64), last=True)
-        return logits[0, -1] if request.read == len(tokens) else None
+        logits, request.past = self._decoder.read(np.array(chunk), request.past, last=True)
+        return logits[-1] if request.read == len(tokens) else None
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> Floats:
         """log p(token[i] | tokens before i) for i ≥ 1 in the chunks that serving reads, shape (len(tokens) − 1,).
 
-        Raises `RequestError` for foreign ids or too many, `EngineError` while requests run: there is one cache.
+        Raises `RequestError` for foreign ids or too many.
         """
-        if self.busy():
-            raise EngineError("prompts can only be scored while nothing is generated")
         self._check(tokens, 0)
-        self._decoder.reset(1)
+        past = self._decoder.empty()
         values: list[float] = []
         for start in range(0, len(tokens), self._chunk):
             chunk = np.array(tokens[start : start + self._chunk])
-            rows = self._decoder.read(chunk[None], np.ones((1, start + len(chunk)), np.int64))[0]
+            rows, past = self._decoder.read(chunk, past)
             following = tokens[start + 1 : start + 1 + len(chunk)]
             values.extend(float(log_softmax(row)[token]) for row, token in zip(rows, following, strict=False))
         return np.array(values, np.float32)
@@ -523,7 +556,7 @@ class OnnxEngine:
     def stats(self) -> dict[str, Any]:
         running = self._running is not None
         return {"running": int(running), "waiting": len(self._waiting), "context": self.context,
-                "vocabulary": self.vocabulary, "batching": "none, one sequence at a time"}  # fmt: skip
+                "vocabulary": self.vocabulary, "batching": BATCHING}  # fmt: skip
 
     def close(self) -> None:
         self._waiting.clear()

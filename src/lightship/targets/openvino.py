@@ -33,6 +33,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 EXTRA = "build"
 NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 GRAPH = "openvino_model.xml"
+BATCHING = "continuous"
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
 # fp32 the other approximations are off too; the rest take the runtime's default arithmetic for this processor.
@@ -422,7 +423,8 @@ class OpenVINOEngine:
             handle.cancel()
 
     def stats(self) -> dict[str, Any]:
-        return {"running": len(self._running), "context": self.context, "vocabulary": self.vocabulary}
+        return {"running": len(self._running), "context": self.context, "vocabulary": self.vocabulary,
+                "batching": BATCHING}  # fmt: skip
 
     def close(self) -> None:
         for request_id in list(self._running):
