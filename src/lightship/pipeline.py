@@ -8,6 +8,7 @@ nothing that looks complete.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -116,7 +117,8 @@ def settled(recipe: Recipe, progress: Progress = silent) -> tuple[Recipe, tuple[
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
-    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=silent)
+    log = silent if os.path.isdir(recipe.source) else progress  # it may have to be fetched, which takes its time
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
     if found.kind == "huggingface" and Checkpoint(found.path).kind != "decoder":
         return recipe, encoder_pipeline.targets_of(recipe, progress)
     precision = recipe.precision
@@ -224,6 +226,9 @@ def _read(run: Run) -> tuple[Checkpoint, Texts]:
             found.read(folder / "model", run.work.say)
 
         checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
+    if checkpoint.kind != "decoder":
+        raise UnsupportedError(f"{recipe.source} became a model of the kind {checkpoint.kind!r}; adapters are merged into "
+                               "decoders only", hint="merge it with PEFT and give the merged folder")  # fmt: skip
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     return checkpoint, cut(recipe, checkpoint)
 
