@@ -7,6 +7,7 @@ appears under its name in one rename at the end, so an interrupted run leaves no
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -225,22 +226,27 @@ def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: St
     """Compare the export with the original, both computed exactly."""
     name = run.recipe.precision.name
     rounded = name == "bf16" and checkpoint.dtype != "bfloat16"
-    limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], parse_accepts(run.recipe.accept).get("kld", 0.0))
+    accepted = parse_accepts(run.recipe.accept).get("kld", 0.0)
+    limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], accepted)
+    error_limit = math.inf if rounded else parity.exact_error(accepted)
 
     def make(folder: Path) -> dict[str, Any]:
         found = parity.parity(gate, run.target.open_scorer(exported.folder / "runtime", EXACT))
-        return _judged(run, found, limit, "gate export", "export_")
+        return _judged(run, found, limit, "gate export", "export_", error_limit)
 
-    depends = {"export": exported.digest, "original": original.digest, "limit": limit}
+    depends = {"export": exported.digest, "original": original.digest, "limit": limit, "error limit": str(error_limit)}
     return run.work.stage("gate export", depends, make)
 
 
-def _judged(run: Run, found: parity.Parity, limit: float, stage: str, prefix: str = "") -> dict[str, Any]:
-    """Tell the figures; raise when they are above the limit."""
+def _judged(
+    run: Run, found: parity.Parity, limit: float, stage: str, prefix: str = "", error_limit: float = math.inf
+) -> dict[str, Any]:
+    """Tell the figures; raise when they are above the limits."""
     for line in found.lines():
         run.work.say(line)
-    run.work.say(f"limit on mean KLD {limit:g}")
-    parity.check_parity(found, limit, stage)
+    other = f", on max |Δ log p| {error_limit:.2g}" if math.isfinite(error_limit) else ""
+    run.work.say(f"limit on mean KLD {limit:g}{other}")
+    parity.check_parity(found, limit, stage, error_limit)
     gc.collect()
     return _kept(parity.parity_metrics(found, prefix))
 
