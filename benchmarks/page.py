@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: one section a benchmark, replaced by the run that measures it."""
+"""Pages of docs/ with one section a benchmark, replaced by the run that measures it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 
 from lightship.machine import machine, versions
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURES, GATE = DOCS / "benchmarks.md", DOCS / "gate.md"
 
 
-def put(name: str, text: str) -> None:
-    """Print `text` and put it into the page as the section of `python -m benchmarks.<name>`."""
+def put(name: str, text: str, path: Path = FIGURES) -> None:
+    """Print `text` and put it into the page `path` as the section of `python -m benchmarks.<name>`."""
     print(text)
-    page = PAGE.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{begin}\n{text.strip()}\n\n{circumstances(name)}\n{end}"
     if begin not in page:
-        raise SystemExit(f"{PAGE} has no section {begin}")
-    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: section, page, flags=re.DOTALL), encoding="utf-8")
+        raise SystemExit(f"{path} has no section {begin}")
+    path.write_text(re.sub(f"{begin}.*?{end}", lambda _: section, page, flags=re.DOTALL), encoding="utf-8")
 
 
 def circumstances(name: str) -> str:

@@ -3,6 +3,7 @@ RoPE base moves nothing, and a gate that cannot fail proves nothing."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from lightship.checkpoint import Checkpoint
@@ -14,25 +15,46 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def tiny_tokenizer(folder: Path, size: int = 512) -> int:
-    """A byte-level BPE trained on the Python language reference; returns the vocabulary size."""
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tiny_tokenizer(folder: Path, size: int = 512, kind: str = "bpe") -> int:
+    """A tokenizer trained on the Python language reference; returns the vocabulary size."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(sorted(topics.values()), trainer)
+    tokenizer = Tokenizer.from_str(_trained(kind, size))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()
+
+
+@cache
+def _trained(kind: str, size: int) -> str:
+    """The JSON of a trained tokenizer: `bpe` of bytes as GPT-2 and llama 3 have, `unigram` of SentencePiece's shape, or
+    `wordpiece` of BERT's."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    options = {"vocab_size": size, "special_tokens": SPECIAL, "show_progress": False}
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")  # as the real ones have it
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **{**options, "special_tokens": [*SPECIAL, "<unk>"]})
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(**{**options, "special_tokens": [*SPECIAL, "[UNK]"]})
+    tokenizer.train_from_iterator(sorted(topics.values()), trainer)
+    return tokenizer.to_str()
 
 
 def tiny_llama(folder: Path, **changes) -> Checkpoint:

@@ -8,6 +8,7 @@ nothing that looks complete.
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -322,8 +323,8 @@ def _read(run: Run) -> tuple[Checkpoint, Texts]:
 
         checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
     if checkpoint.kind != "decoder":
-        raise UnsupportedError(f"{recipe.source} became a model of the kind {checkpoint.kind!r}; adapters are merged into "
-                               "decoders only", hint="merge it with PEFT and give the merged folder")  # fmt: skip
+        raise UnsupportedError(f"{recipe.source} became a model of the kind {checkpoint.kind!r}; adapters are merged "
+                               "into decoders only", hint="merge it with PEFT and give the merged folder")  # fmt: skip
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     return checkpoint, cut(recipe, checkpoint)
 
@@ -350,22 +351,27 @@ def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: St
     """Compare the export with the original, both computed exactly."""
     name = run.recipe.precision.name
     rounded = name == "bf16" and checkpoint.dtype != "bfloat16"
-    limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], parse_accepts(run.recipe.accept).get("kld", 0.0))
+    accepted = parse_accepts(run.recipe.accept).get("kld", 0.0)
+    limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], accepted)
+    error_limit = math.inf if rounded else parity.exact_error(accepted)
 
     def make(folder: Path) -> dict[str, Any]:
         found = parity.parity(gate, run.target.open_scorer(exported.folder / "runtime", EXACT))
-        return _judged(run, found, limit, "gate export", "export_")
+        return _judged(run, found, limit, "gate export", "export_", error_limit)
 
-    depends = {"export": exported.digest, "original": original.digest, "limit": limit}
+    depends = {"export": exported.digest, "original": original.digest, "limit": limit, "error limit": str(error_limit)}
     return run.work.stage("gate export", depends, make)
 
 
-def _judged(run: Run, found: parity.Parity, limit: float, stage: str, prefix: str = "") -> dict[str, Any]:
-    """Tell the figures; raise when they are above the limit."""
+def _judged(
+    run: Run, found: parity.Parity, limit: float, stage: str, prefix: str = "", error_limit: float = math.inf
+) -> dict[str, Any]:
+    """Tell the figures; raise when they are above the limits."""
     for line in found.lines():
         run.work.say(line)
-    run.work.say(f"limit on mean KLD {limit:g}")
-    parity.check_parity(found, limit, stage)
+    other = f", on max |Δ log p| {error_limit:.2g}" if math.isfinite(error_limit) else ""
+    run.work.say(f"limit on mean KLD {limit:g}{other}")
+    parity.check_parity(found, limit, stage, error_limit)
     gc.collect()
     return _kept(parity.parity_metrics(found, prefix))
 

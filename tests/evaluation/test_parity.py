@@ -45,7 +45,7 @@ def exported(checkpoint, folder):
 
 def test_the_right_model_passes(gate, llama, tmp_path):
     found = parity.parity(gate, exported(llama, tmp_path / "ir"))
-    parity.check_parity(found, KLD_LIMITS["fp32"], "gate")
+    parity.check_parity(found, KLD_LIMITS["fp32"], "gate", parity.exact_error(0.0))
     assert found.mean_kld < 1e-6 and found.top1 == 1.0 and found.greedy == 1.0
 
 
@@ -73,6 +73,17 @@ def test_a_wrong_model_is_stopped_even_at_the_widest_limit(gate, llama, tmp_path
     found = parity.parity(gate, exported(wrong, tmp_path / "ir"))
     with pytest.raises(LimitExceeded):
         parity.check_parity(found, KLD_LIMITS["int4"], "gate")
+
+
+def test_a_fault_too_small_for_the_divergence_is_stopped(gate, llama, tmp_path):
+    """An epsilon of 1e-5 where the original has 1e-6: the mean KLD is far below its limit, one log p is not."""
+    wrong = copy_of(llama, tmp_path / "wrong", rms_norm_eps=1e-5)
+    assert llama.config["rms_norm_eps"] == 1e-6
+    found = parity.parity(gate, exported(wrong, tmp_path / "ir"))
+    parity.check_parity(found, KLD_LIMITS["fp32"], "gate")
+    with pytest.raises(LimitExceeded, match="more than rounding"):
+        parity.check_parity(found, KLD_LIMITS["fp32"], "gate", parity.exact_error(0.0))
+    parity.check_parity(found, 0.01, "gate", parity.exact_error(0.01))  # accepted on purpose
 
 
 def test_a_dropped_mask_is_stopped(gate, llama, tmp_path):

@@ -1,0 +1,136 @@
+"""The mutation score of the gate: seeded faults that it stops, and clean exports that it lets through.
+
+A fault is put into a real OpenVINO export of a tiny random model while the original stays right (`--into original`:
+the reverse); a clean run is another model, drawn with another seed, exported and gated. Finished models are kept in
+`--results`; a rerun goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import GATE, put, table
+from lightship.evaluation.parity import Parity
+from lightship.recipe import KLD_LIMITS
+from tests.matrix.families import FAMILIES, make
+from tests.matrix.faults import APPLIES, Faulty, nan
+from tests.matrix.gate import judge, judge_against, record, stopped
+
+Row = dict[str, Any]
+
+
+def measure(task: tuple[str, int, bool]) -> list[Row]:
+    """The clean export of one model and, for seed 0, of every fault that applies to its family: seeded into the export,
+    or, when the third entry is false, into the original. NaN is always seeded into the export: an original with NaN is
+    refused before any gate."""
+    name, seed, into_export = task
+    with tempfile.TemporaryDirectory(prefix="lightship-") as made:
+        folder = Path(made)
+        checkpoint = make(name, folder / "model", seed)
+        reference = record(checkpoint, folder / "reference")
+        rows = [row_of(name, seed, "", "export", judge(reference, checkpoint, folder / "clean"))]
+        for fault in (fault for fault, where in APPLIES.items() if name in where and seed == 0):
+            faulty, path = Faulty(checkpoint.folder, fault), folder / fault.__name__
+            if into_export or fault is nan:
+                found, side = judge(reference, faulty, path), "export"
+            else:
+                found, side = judge_against(faulty, reference, folder / "clean", path), "original"
+            rows.append(row_of(name, seed, fault.__name__, side, found))
+    return rows
+
+
+def row_of(name: str, seed: int, fault: str, side: str, found: Parity) -> Row:
+    """What is kept of one judgement."""
+    print(f"{name:10} {seed:3} {fault or 'clean':18} {side:8} KLD {found.mean_kld:.1e} max {found.max_error:.1e}",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return {"family": name, "seed": seed, "fault": fault, "side": side, "found": asdict(found)}
+
+
+def tasks(clean: int, into_export: bool) -> list[tuple[str, int, bool]]:
+    """`clean` models, the families in turn; those with seed 0 carry the faults and come first."""
+    names = list(FAMILIES)
+    count = max(clean, len(names))
+    return [(names[number % len(names)], number // len(names), into_export) for number in range(count)]
+
+
+def run(clean: int, into_export: bool, results: Path, workers: int) -> list[Row]:
+    """Rows of every task; those already in `results` are not measured again."""
+    kept = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(row["family"], row["seed"]) for row in kept}
+    left = [task for task in tasks(clean, into_export) if task[:2] not in done]
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=20) as pool, results.open("a") as file:
+        for rows in pool.imap_unordered(measure, left):
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            kept += rows
+    return kept
+
+
+def summary(rows: list[Row]) -> str:
+    """The table: a fault a row, a family a column, mean KLD and max |Δ log p| in the cells, what was missed in bold.
+
+    Where a fault was seeded on both sides, the table shows the export.
+    """
+    sides: dict[str, dict[tuple[str, str], Parity]] = {"export": {}, "original": {}}
+    for row in rows:
+        if row["fault"]:
+            sides[row["side"]][row["fault"], row["family"]] = Parity(**row["found"])
+    cells = {**sides["original"], **sides["export"]}
+    clean = {(row["family"], row["seed"]): Parity(**row["found"]) for row in rows if not row["fault"]}
+    lines = [["fault", *FAMILIES]]
+    for fault in APPLIES:
+        keys = [(fault.__name__, name) for name in FAMILIES]
+        shown = [cell(cells.get(key), key in sides["export"]) for key in keys]
+        lines.append([(fault.__doc__ or "").rstrip("."), *shown])
+    caught = sum(map(stopped, cells.values()))
+    by_kld = sum(not found.mean_kld <= KLD_LIMITS["fp32"] for found in cells.values())
+    both = sides["export"].keys() & sides["original"].keys()
+    same = sum(stopped(sides["export"][key]) == stopped(sides["original"][key]) for key in both)
+    said = [
+        f"**{caught} of {len(cells)} faults stopped ({caught / len(cells):.1%}), {by_kld} of them by mean KLD; "
+        f"{sum(map(stopped, clean.values()))} false alarms in {len(clean)} clean runs**, each of a model with other "
+        f"weights, at most mean KLD {max(found.mean_kld for found in clean.values()):.1e} and max |Δ log p| "
+        f"{max(found.max_error for found in clean.values()):.1e}.",
+        "Cells: mean KLD (max |Δ log p|) in nats; in bold what the gate missed; blank where the fault cannot occur.",
+    ]
+    if sides["original"]:
+        said.append(
+            f"°: seeded into the recorded original, against a clean export: the same two models with the sides "
+            f"exchanged. {len(sides['export'])} faults were seeded into the export itself, {len(both)} of them on both "
+            f"sides, with the same verdict in {same}."
+        )
+    return "\n\n".join([*said, table(lines)])
+
+
+def cell(found: Parity | None, exported: bool) -> str:
+    """The figures of one fault in one family."""
+    if found is None:
+        return ""
+    figures = f"{found.mean_kld:.0e} ({found.max_error:.0e})" if math.isfinite(found.mean_kld) else "∞"
+    figures += "" if exported else "°"
+    return figures if stopped(found) else f"**{figures} missed**"
+
+
+def main() -> None:
+    """All faults and `--clean` clean runs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutations", description=__doc__)
+    parser.add_argument("--clean", type=int, default=200, help="models that are exported without a fault")
+    sides = "seed faults into the export, or (ten times faster) into the recorded original"
+    parser.add_argument("--into", choices=["export", "original"], default="export", help=sides)
+    parser.add_argument("--results", type=Path, default=Path("runs/mutations.jsonl"), help="what is measured already")
+    parser.add_argument("--workers", type=int, default=2)
+    asked = parser.parse_args()
+    asked.results.parent.mkdir(parents=True, exist_ok=True)
+    put("mutations", summary(run(asked.clean, asked.into == "export", asked.results, asked.workers)), GATE)
+
+
+if __name__ == "__main__":
+    main()

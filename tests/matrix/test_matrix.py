@@ -1,0 +1,50 @@
+"""Architectures × targets × precisions, each through the whole gate; the short form takes three architectures.
+
+`python -m benchmarks.matrix` prints the figures of all.
+"""
+
+import pytest
+
+from lightship.checkpoint import Checkpoint
+from lightship.errors import UnsupportedError
+from lightship.recipe import KLD_LIMITS
+from tests.matrix.families import FAMILIES, make
+from tests.matrix.gate import INT8_LIMIT, through_all_gates
+
+SHORT = {("llama", "onnx", "int8"), ("gemma3", "openvino", "fp32"), ("gpt2", "openvino", "int8"),
+         ("qwen3", "onnx", "fp32")}  # fmt: skip
+CELLS = [(family, target, precision) for family in FAMILIES for target in ("openvino", "onnx")
+         for precision in ("fp32", "int8")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made: dict[str, Checkpoint] = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def marks(family, target, precision):
+    """Slow unless in the short form; what is known to be refused must stay refused."""
+    if target == "onnx" and "sliding_window" in FAMILIES[family].config:
+        reason = "the ONNX graph of a layer with a window keeps more than keys and values"
+        yield pytest.mark.xfail(raises=UnsupportedError, strict=True, reason=reason)
+    if (family, target, precision) not in SHORT:
+        yield pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "precision"), [pytest.param(*cell, marks=[*marks(*cell)]) for cell in CELLS]
+)
+def test_every_gate_passes(models, family, target, precision, tmp_path):
+    found = through_all_gates(models(family), target, precision, tmp_path / "out")
+    assert found.export <= KLD_LIMITS["fp32"]
+    assert found.shipped <= (INT8_LIMIT if precision == "int8" else KLD_LIMITS["fp32"])
+    if precision == "int8":
+        assert found.shipped > found.export  # the weights were rounded
+    assert len(models(family).eos_token_ids) == len(FAMILIES[family].eos)
