@@ -167,9 +167,8 @@ def gated(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Gated:
 def read(recipe: Recipe, work: Work) -> Source:
     """The checkpoint where it lies, and the rows to gate and to score on."""
     work.announce("read")
-    checkpoint = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say).read(
-        work.folder, work.say
-    )
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say)
+    checkpoint = found.read(work.folder, work.say)
     encoder = Encoder.load(checkpoint.folder)
     work.say(f"{checkpoint.config.get('model_type')} ({encoder.kind}), {checkpoint.weight_bytes / 1e6:.0f} MB of "
              f"{checkpoint.dtype}, context {encoder.context}")  # fmt: skip
@@ -178,10 +177,8 @@ def read(recipe: Recipe, work: Work) -> Source:
         scaled = ", scaled to length 1" if encoder.pooling.normalise else ""
         work.say(f"pooling: {encoder.pooling.mode}{scaled}; {stated}")
     text = open_text(recipe.text, None)
-    gate, score = (
-        encoders.gate_rows(encoder, open_text(None, None)),
-        encoders.score_rows(encoder, text, ROWS[recipe.evaluate]),
-    )
+    gate = encoders.gate_rows(encoder, open_text(None, None))
+    score = encoders.score_rows(encoder, text, ROWS[recipe.evaluate])
     describe = {"name": text.name, "default_only": text.default, "scoring_sha256": score.digest,
                 "calibration_sha256": None, "tokens": sum(map(len, score.rows))}  # fmt: skip
     return Source(checkpoint, encoder, gate, score, describe)

@@ -323,8 +323,8 @@ def _read(run: Run) -> tuple[Checkpoint, Texts]:
 
         checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
     if checkpoint.kind != "decoder":
-        raise UnsupportedError(f"{recipe.source} became a model of the kind {checkpoint.kind!r}; adapters are merged "
-                               "into decoders only", hint="merge it with PEFT and give the merged folder")  # fmt: skip
+        raise UnsupportedError(f"{recipe.source} became a {checkpoint.kind}; adapters are merged into decoders only",
+                               hint="merge it with PEFT and give the merged folder")  # fmt: skip
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     return checkpoint, cut(recipe, checkpoint)
 

@@ -305,7 +305,7 @@ def _page(report: Report) -> str:
 def _kind(metric: Metric) -> str:
     if metric.unit in ("bytes", "MB"):
         return "Size" if metric.name.startswith("size") else "Memory"
-    return "Speed" if metric.unit in ("tokens/s", "s", "ms", "requests/s") else "Quality"
+    return "Speed" if metric.unit in ("tokens/s", "sequences/s", "s", "ms", "requests/s") else "Quality"
 
 
 def _drawable(metric: Metric) -> bool:
