@@ -95,6 +95,18 @@ def test_a_gate_that_fails_ships_nothing(embedder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_targets_the_one_above_its_limit_is_left_out(tmp_path):
+    """ONNX Runtime rounds activations too, so it is further off; asked for by name, it fails instead."""
+    checkpoint = tiny_encoder(tmp_path / "model", "DistilBertForSequenceClassification", num_labels=3,
+                              problem_type="multi_label_classification")  # fmt: skip
+    said = []
+    bundle = ship(recipe(checkpoint, "int8", accept=("kld<=0.0025",)), tmp_path / "out", progress=said.append)
+    assert bundle.targets == ["openvino"] and bundle.report.get("kld").passed
+    assert any("onnx is above its limit: left out" in line for line in said)
+    with pytest.raises(LimitExceeded, match="gate onnx"):
+        ship(recipe(checkpoint, "int8", target="onnx", accept=("kld<=0.0025",)), tmp_path / "other")
+
+
 def test_what_encoders_are_not_shipped_at(embedder, tmp_path):
     for given, match in (
         ({"precision": "int4"}, "int4"), ({"precision": "bf16", "target": "onnx"}, "bf16"),
@@ -159,6 +171,6 @@ def test_minilm_is_read_as_sentence_transformers_would(minilm):
 @pytest.mark.slow
 def test_minilm_ships_in_int8_within_its_limits(minilm, tmp_path):
     bundle = ship(recipe(minilm, "int8"), tmp_path / "int8")
-    assert sorted(bundle.targets) == ["onnx", "openvino"]
+    assert "openvino" in bundle.targets
     assert bundle.report.get("cosine_loss").passed and bundle.report.get("size").ratio() < 0.3
     assert check(tmp_path / "int8", repeats=1).get("golden_cosine_loss").passed

@@ -18,7 +18,7 @@ from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
-from lightship.errors import UnsupportedError
+from lightship.errors import LimitExceeded, UnsupportedError
 from lightship.evaluation import encoders, memory
 from lightship.evaluation.encoders import Distance, Rows
 from lightship.evaluation.text import open_text
@@ -143,25 +143,39 @@ def _limit(recipe: Recipe, encoder: Encoder, precision: str | None = None) -> fl
 
 
 def build(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Built:
-    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails."""
+    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails; of several
+    targets those that fail are left out, and said, as long as one passes."""
     found = gated(recipe, work, targets)
-    runtimes = {target: found.runtime(target) for target in targets}
-    depends = {"runtimes": [found.runtimes[target].digest for target in targets]}
+    runtimes = {target: found.runtime(target) for target in found.runtimes}
+    depends = {"runtimes": [stage.digest for stage in found.runtimes.values()]}
     return Built(found, _evaluate(recipe, work, found.source, runtimes, depends, check=True))
 
 
 def gated(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Gated:
-    """From the source to runtime folders that passed every gate."""
+    """From the source to runtime folders that passed every gate; one at least."""
     source = read(recipe, work)
     original = _original(work, source)
-    runtimes, gates = {}, {}
+    runtimes, gates, failures = {}, {}, []
     for name in targets:
-        target = find("targets", name)
-        exported = _export(recipe, work, source, name, target)
-        first = _gate(recipe, work, source, original, exported, f"gate export {name}", target, exact=True)
-        runtimes[name] = _quantise(recipe, work, exported, name, target)
-        gates[name] = (first, _gate(recipe, work, source, original, runtimes[name], f"gate {name}", target))
+        try:
+            runtimes[name], gates[name] = _gated_target(recipe, work, source, original, name)
+        except LimitExceeded as failure:
+            failures.append(failure)
+            work.say(f"{name} is above its limit" + (": left out" if len(targets) > 1 else ""))
+    if not runtimes:
+        raise failures[0]
     return Gated(source, original, runtimes, gates)
+
+
+def _gated_target(
+    recipe: Recipe, work: Work, source: Source, original: Stage, name: str
+) -> tuple[Stage, tuple[Stage, ...]]:
+    """The runtime folder for one target, and the gates it passed. Raises `LimitExceeded`."""
+    target = find("targets", name)
+    exported = _export(recipe, work, source, name, target)
+    first = _gate(recipe, work, source, original, exported, f"gate export {name}", target, exact=True)
+    runtime = _quantise(recipe, work, exported, name, target)
+    return runtime, (first, _gate(recipe, work, source, original, runtime, f"gate {name}", target))
 
 
 def read(recipe: Recipe, work: Work) -> Source:
@@ -262,20 +276,28 @@ def _evaluate(
         encoders.record(source.encoder, engine, source.score, folder / "reference")
         engine.close()
         metrics: dict[str, list[Metric]] = {}
+        failures = []
         for name, runtime in runtimes.items():
             engine = find("targets", name).open_encoder(runtime)
             found = encoders.distance(source.encoder, engine, source.score, folder / "reference")
             engine.close()
-            if check:
-                _judge(work, found, limit, f"evaluate {name}")
-            metrics[name] = found.metrics()
+            try:
+                if check:
+                    _judge(work, found, limit, f"evaluate {name}")
+                metrics[name] = found.metrics()
+            except LimitExceeded as failure:
+                failures.append(failure)
+                work.say(f"{name} is above its limit on the scored text")
+        if not metrics:
+            raise failures[0]
         shutil.rmtree(folder / "reference")
         gc.collect()
         original = memory.probe("pytorch", source.checkpoint.folder, repeats=REPEATS[recipe.evaluate])
-        for name, runtime in runtimes.items():
+        for name in metrics:
+            runtime = runtimes[name]
             metrics[name] += memory.paired(original, memory.probe(name, runtime, repeats=REPEATS[recipe.evaluate]))
             metrics[name].append(memory.size_metric(runtime, source.checkpoint.size_bytes))
-        order = sorted(runtimes, key=lambda name: -_speed(metrics[name]))
+        order = sorted(metrics, key=lambda name: -_speed(metrics[name]))
         for name in order:
             work.say(f"{name}: {_speed(metrics[name]):.1f} sequences/s (geometric mean of batches of 1 and 32)")
         return {"targets": order, **_kept([m for name in order for m in _named(metrics[name], name, order)])}
