@@ -64,8 +64,9 @@ def summary(rows: list[Row]) -> str:
         about = [name, family.tokenizer, "tied" if family.tied else "untied", str(len(family.eos))]
         lines.append([*about, *(cells.get((name, *column), "–") for column in columns)])
     return (
-        f"{table(lines)}\n\nMean KLD in nats per token of what is shipped (mean |Δ log p| as served); –: not run. Limits "
-        f"on mean KLD: {KLD_LIMITS['fp32']:g} for fp32 and for every export, {INT8_LIMIT:g} for int8 of models this small."
+        f"{table(lines)}\n\nMean KLD in nats per token of what is shipped (mean |Δ log p| as served); –: not run. "
+        f"Limits on mean KLD: {KLD_LIMITS['fp32']:g} for fp32 and for every export, {INT8_LIMIT:g} for int8 of models "
+        "this small."
     )
 
 
