@@ -17,7 +17,7 @@ from benchmarks.page import GATE, put, table
 from lightship.errors import LimitExceeded, UnsupportedError
 from lightship.recipe import KLD_LIMITS, PrecisionName
 from tests.matrix.families import FAMILIES, make
-from tests.matrix.gate import INT8_LIMIT, through_all_gates
+from tests.matrix.gate import through_all_gates
 
 TARGETS = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
 PRECISIONS: tuple[PrecisionName, ...] = ("int8", "fp32")
@@ -65,8 +65,7 @@ def summary(rows: list[Row]) -> str:
         lines.append([*about, *(cells.get((name, *column), "–") for column in columns)])
     return (
         f"{table(lines)}\n\nMean KLD in nats per token of what is shipped (mean |Δ log p| as served); –: not run. "
-        f"Limits on mean KLD: {KLD_LIMITS['fp32']:g} for fp32 and for every export, {INT8_LIMIT:g} for int8 of models "
-        "this small."
+        f"Limits on mean KLD: {KLD_LIMITS['fp32']:g} for fp32 and for every export, {KLD_LIMITS['int8']:g} for int8."
     )
 
 
