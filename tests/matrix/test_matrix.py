@@ -9,7 +9,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.errors import UnsupportedError
 from lightship.recipe import KLD_LIMITS
 from tests.matrix.families import FAMILIES, make
-from tests.matrix.gate import INT8_LIMIT, through_all_gates
+from tests.matrix.gate import through_all_gates
 
 SHORT = {("llama", "onnx", "int8"), ("gemma3", "openvino", "fp32"), ("gpt2", "openvino", "int8"),
          ("qwen3", "onnx", "fp32")}  # fmt: skip
@@ -44,7 +44,7 @@ def marks(family, target, precision):
 def test_every_gate_passes(models, family, target, precision, tmp_path):
     found = through_all_gates(models(family), target, precision, tmp_path / "out")
     assert found.export <= KLD_LIMITS["fp32"]
-    assert found.shipped <= (INT8_LIMIT if precision == "int8" else KLD_LIMITS["fp32"])
+    assert found.shipped <= KLD_LIMITS[precision]
     if precision == "int8":
         assert found.shipped > found.export  # the weights were rounded
     assert len(models(family).eos_token_ids) == len(FAMILIES[family].eos)

@@ -62,6 +62,7 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     graph = _openvino_encoder.trace(checkpoint, dtype) if encodes else _trace(checkpoint, dtype)
     _drop_recorded_precision(graph)
     _simplify(graph)
+    _count_rows_by_ids(graph)
     ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
     if encodes:
         checkpoint.carry_files(folder)
@@ -117,6 +118,28 @@ def _simplify(graph: Any) -> None:
     from openvino._offline_transformations import apply_moc_transformations
 
     apply_moc_transformations(graph, cf=False)
+
+
+def _count_rows_by_ids(graph: Any) -> None:
+    """Read the number of rows off `input_ids` where the exporter read it off `attention_mask`, as it does for GPT-2:
+    continuous batching removes the mask, and refuses a graph that still needs it."""
+    from openvino import opset13
+
+    shape = opset13.shape_of(graph.input("input_ids"), output_type="i64").output(0)
+    for reader in graph.input("attention_mask").get_target_inputs():
+        mask_shape = reader.get_node()
+        if mask_shape.get_type_name() != "ShapeOf" or mask_shape.get_output_element_type(0) != shape.get_element_type():
+            continue
+        for use in mask_shape.output(0).get_target_inputs():
+            node = use.get_node()
+            if node.get_type_name() == "Gather" and _is_zero(node.input_value(1).get_node()):
+                use.replace_source_output(shape)
+    graph.validate_nodes_and_infer_types()
+
+
+def _is_zero(node: Any) -> bool:
+    """Whether `node` is the constant 0."""
+    return node.get_type_name() == "Constant" and not np.any(node.get_data())
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -312,7 +335,15 @@ class OpenVINOEngine:
         scheduler.max_num_batched_tokens = settings.max_batched_tokens
         scheduler.enable_prefix_caching = settings.prefix_cache
         self._genai = genai
-        self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties(folder, settings))
+        try:
+            self._pipeline = genai.ContinuousBatchingPipeline(
+                str(folder), scheduler, "CPU", properties(folder, settings)
+            )
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO GenAI cannot serve {folder} by continuous batching: {str(error).strip().splitlines()[-1]}",
+                hint="try --target onnx",
+            ) from error
         self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self._next_id = 0
 
