@@ -117,15 +117,13 @@ def settled(recipe: Recipe, progress: Progress = silent) -> tuple[Recipe, tuple[
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
     log = silent if os.path.isdir(recipe.source) else progress  # it may have to be fetched, which takes its time
     found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
     if found.kind == "huggingface" and Checkpoint(found.path).kind != "decoder":
         return recipe, encoder_pipeline.targets_of(recipe, progress)
-    precision = recipe.precision
-    if hasattr(target, "settle"):
-        precision, notes = target.settle(precision)
-        for note in notes:
-            progress(note)
+    for note in notes:
+        progress(note)
     return recipe.model_copy(update={"precision": precision, "target": name}), ()
 
 
