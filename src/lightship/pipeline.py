@@ -168,6 +168,7 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
     if fetch:
         log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
         look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
@@ -176,7 +177,6 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
         encoders = encoder_pipeline.targets_of(recipe, progress)
         check_packages(encoders)
         return Settled(recipe, encoders, seen)
-    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
     for note in notes:
         progress(note)
     check_packages([name])
