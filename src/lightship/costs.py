@@ -96,6 +96,7 @@ FASTER = {"amx_bf16": 3.4, "avx512_bf16": 3.4}  # bf16 over float32; AMX is fast
 
 def rates(file: Path | None, arithmetic: str) -> Rates:
     """Measure this machine; `file` is the source's weights, None when nothing is read."""
+    slow = REFERENCE_ROUNDS / machine.interpreter_rate()  # first: the threads of a BLAS go on spinning for a while
     exact = LIBRARY * machine.matmul_rate()
     features = machine.machine()["features"]
     factor = next((FASTER[name] for name in FASTER if name in features), 1.0) if arithmetic == "auto" else 1.0
@@ -104,7 +105,7 @@ def rates(file: Path | None, arithmetic: str) -> Rates:
         fast=exact * factor,
         memory=machine.memory_bandwidth(2**25, 2),
         file=1e9 if file is None else machine.read_rate(file),
-        slow=REFERENCE_ROUNDS / machine.interpreter_rate(),
+        slow=slow,
     )
 
 
@@ -141,16 +142,16 @@ def recorded_bytes(shape: Shape, positions: int) -> float:
 # ── The stages ──────────────────────────────────────────────────────────────
 # Seconds were taken on 2 cores of an AMD EPYC with AVX-512; `slow` carries those that plain Python takes elsewhere.
 
-IMPORT, OPEN, PROBE = 5.0, 1.0, 2.0  # PyTorch and transformers; a graph in OpenVINO; a fresh process
+IMPORT, OPEN, PROBE = 5.0, 1.5, 2.0  # PyTorch and transformers; a graph in OpenVINO; a fresh process
 TRACE, TRACE_LAYER = 20.0, 1.2  # export, with the tokenizer's conversion
-QUANTISE, QUANTISE_LAYER = 4.0, 0.2
+QUANTISE, QUANTISE_LAYER = 5.0, 0.2
 SEARCH = 3.8e-7  # a weight of the body, whose scale is searched with calibration data
 OPEN_LAYER, STEP_LAYER = 0.05, 1e-3  # a graph compiled; one token through PyTorch
 UNPACK = 1.5e-7  # a parameter out of a GGUF file
-LOAD, WIDEN = 1.5, 1.2e-9  # the original, once in memory; one of its 16-bit parameters widened for a pass
+LOAD, WIDEN = 3.0, 1.2e-9  # the original, once in memory; one of its 16-bit parameters widened for a pass
 WRITE = 3e-9  # a byte of a graph, made and written
-PACK_WEIGHTS = 4e-9  # a byte of weights, brought into the order that the processor wants
-RECORD, COMPARE, SORT = 6e-9, 20e-9, 80e-9  # a log-probability
+PACK_FLOATS, PACK_INTEGERS = 1e-9, 4e-9  # a byte of weights, brought into the order that the processor wants
+RECORD, COMPARE, SORT = 6e-9, 20e-9, 85e-9  # a log-probability
 STREAM = 0.45  # share of the memory rate at which single tokens read the weights
 
 LIBRARIES, HEAP = 0.45e9, 0.75e9  # RSS with PyTorch loaded; after an export, which leaves something behind
@@ -206,9 +207,15 @@ class _Run:
         """Seconds of one token through the original: its weights are read once."""
         return self.shape.size / (STREAM * self.rates.memory) + STEP_LAYER * self.shape.layers * self.rates.slow
 
-    def scorer(self, size: float) -> float:
-        """Seconds to open a graph of `size` bytes."""
-        return (OPEN + OPEN_LAYER * self.shape.layers) * self.rates.slow + PACK_WEIGHTS * size
+    def opened(self, size: float, byte: float) -> float:
+        """Seconds to open a graph of `size` bytes, `byte` for each of them."""
+        return (OPEN + OPEN_LAYER * self.shape.layers) * self.rates.slow + byte * size
+
+    @property
+    def opened_served(self) -> float:
+        """Seconds to open the graph that is served."""
+        integers = self.precision.name in ("int8", "int4")
+        return self.opened(self.served, PACK_INTEGERS if integers else PACK_FLOATS)
 
     def original_memory(self, positions: int) -> float:
         """The checkpoint with the logits of `positions`; 16-bit weights are widened module by module, so the table."""
@@ -251,7 +258,7 @@ def _export(run: _Run) -> Cost:
 
 def _gate_export(run: _Run) -> Cost:
     """Every gate row through the export in float32, compared with the original."""
-    seconds = run.scorer(run.exported) + run.operations(run.amount.gate) / run.rates.exact + run.compared()
+    seconds = run.opened(run.exported, PACK_FLOATS) + run.operations(run.amount.gate) / run.rates.exact + run.compared()
     return Cost(seconds, HEAP + run.graph_memory(run.exported))
 
 
@@ -269,13 +276,13 @@ def _quantise(run: _Run) -> Cost:
 
 def _gate(run: _Run) -> Cost:
     """Every gate row through the candidate."""
-    seconds = run.scorer(run.served) + run.operations(run.amount.gate) / run.rates.fast + run.compared()
+    seconds = run.opened_served + run.operations(run.amount.gate) / run.rates.fast + run.compared()
     return Cost(seconds, HEAP + run.graph_memory(run.served))
 
 
 def _served_path(run: _Run) -> Cost:
     """The longest row through continuous batching."""
-    seconds = OPEN * run.rates.slow + run.scorer(run.served) + run.operations(run.amount.longest) / run.rates.fast
+    seconds = OPEN * run.rates.slow + run.opened_served + run.operations(run.amount.longest) / run.rates.fast
     return Cost(seconds, HEAP + run.graph_memory(run.served))
 
 
@@ -284,12 +291,12 @@ def _evaluate(run: _Run) -> Cost:
     shape, rates, amount = run.shape, run.rates, run.amount
     passing = run.logits(amount.score_kept)
     seconds = LOAD * rates.slow + run.exact(amount.score, passes=amount.passages) + RECORD * passing / FLOAT
-    seconds += run.scorer(run.served) + run.operations(amount.score) / rates.fast + COMPARE * passing / FLOAT
+    seconds += run.opened_served + run.operations(amount.score) / rates.fast + COMPARE * passing / FLOAT
     speed = rates.fast if shape.width == 2 else rates.exact
     original = run.operations(amount.prompt) / speed + amount.new_tokens * run.step()
     token = run.served / (STREAM * rates.memory)
     candidate = run.operations(amount.prompt) / rates.fast + amount.new_tokens * token
-    seconds += (2 * PROBE + IMPORT + LOAD) * rates.slow + run.scorer(run.served)
+    seconds += (2 * PROBE + IMPORT + LOAD) * rates.slow + run.opened_served
     seconds += amount.speed_runs * (original + candidate) + run.hashing
     memory = max(
         run.original_memory(amount.passage),
