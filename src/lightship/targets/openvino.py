@@ -139,7 +139,7 @@ def _count_rows_by_ids(graph: Any) -> None:
 
 def _is_zero(node: Any) -> bool:
     """Whether `node` is the constant 0."""
-    return node.get_type_name() == "Constant" and not np.any(node.get_data())
+    return bool(node.get_type_name() == "Constant" and not np.any(node.get_data()))
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
