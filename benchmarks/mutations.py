@@ -86,9 +86,9 @@ def summary(rows: list[Row]) -> str:
     cells = {**sides["original"], **sides["export"]}
     clean = {(row["family"], row["seed"]): Parity(**row["found"]) for row in rows if not row["fault"]}
     lines = [["fault", *FAMILIES]]
-    for fault in APPLIES:
+    for fault, where in APPLIES.items():
         keys = [(fault.__name__, name) for name in FAMILIES]
-        shown = [cell(cells.get(key), key in sides["export"]) for key in keys]
+        shown = [cell(cells[key], key in sides["export"]) if key in cells else "–" * (key[1] in where) for key in keys]
         lines.append([(fault.__doc__ or "").rstrip("."), *shown])
     caught = sum(map(stopped, cells.values()))
     by_kld = sum(not found.mean_kld <= KLD_LIMITS["fp32"] for found in cells.values())
@@ -99,21 +99,20 @@ def summary(rows: list[Row]) -> str:
         f"{sum(map(stopped, clean.values()))} false alarms in {len(clean)} clean runs**, each of a model with other "
         f"weights, at most mean KLD {max(found.mean_kld for found in clean.values()):.1e} and max |Δ log p| "
         f"{max(found.max_error for found in clean.values()):.1e}.",
-        "Cells: mean KLD (max |Δ log p|) in nats; in bold what the gate missed; blank where the fault cannot occur.",
+        "Cells: mean KLD (max |Δ log p|) in nats; in bold what the gate missed; –: not run; blank where the fault "
+        "cannot occur.",
     ]
     if sides["original"]:
         said.append(
-            f"°: seeded into the recorded original, against a clean export: the same two models with the sides "
-            f"exchanged. {len(sides['export'])} faults were seeded into the export itself, {len(both)} of them on both "
-            f"sides, with the same verdict in {same}."
+            "°: seeded into the recorded original, against a clean export: the same two models, the sides exchanged. "
+            f"Seeded into the export itself: {len(sides['export'])}; on both sides: {len(both)}, {same} of these with "
+            "the same verdict."
         )
     return "\n\n".join([*said, table(lines)])
 
 
-def cell(found: Parity | None, exported: bool) -> str:
+def cell(found: Parity, exported: bool) -> str:
     """The figures of one fault in one family."""
-    if found is None:
-        return ""
     figures = f"{found.mean_kld:.0e} ({found.max_error:.0e})" if math.isfinite(found.mean_kld) else "∞"
     figures += "" if exported else "°"
     return figures if stopped(found) else f"**{figures} missed**"
