@@ -25,8 +25,9 @@ def recipe(checkpoint, precision="fp32", **given):
 @pytest.mark.parametrize(("architecture", "changes"), [
     ("BertModel", {}),
     ("RobertaForSequenceClassification", {"num_labels": 3}),
-    ("BertForQuestionAnswering", {}),
-    ("DistilBertForSequenceClassification", {"num_labels": 4, "problem_type": "multi_label_classification"}),
+    pytest.param("BertForQuestionAnswering", {}, marks=pytest.mark.slow),
+    pytest.param("DistilBertForSequenceClassification",
+                 {"num_labels": 4, "problem_type": "multi_label_classification"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_encoders_ship_to_both_targets(tmp_path, architecture, changes):
     checkpoint = tiny_encoder(tmp_path / "model", architecture, **changes)

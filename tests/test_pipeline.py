@@ -108,7 +108,7 @@ def test_an_accepted_limit_holds_for_the_export_too(llama, tmp_path, monkeypatch
     from lightship import pipeline
 
     limits = []
-    monkeypatch.setattr(pipeline.parity, "check_parity", lambda found, limit, stage: limits.append((stage, limit)))
+    monkeypatch.setattr(pipeline.parity, "check_parity", lambda found, limit, stage, _: limits.append((stage, limit)))
     recipe = Recipe(source=str(llama.folder), precision=Precision(name="fp32"), accept=("kld<=0.3",))
     convert(recipe, tmp_path / "ir")
     assert limits == [("gate export", 0.3), ("gate", 0.3)]
