@@ -10,9 +10,7 @@ import numpy.typing as npt
 
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import INPUTS, OUTPUTS, Encoder
-from lightship.errors import SourceError, UnsupportedError
-
-HINT = "supported are encoders that transformers' exporter can trace, with token ids, mask and token types as inputs"
+from lightship.errors import SourceError
 
 
 def example(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:
@@ -36,13 +34,6 @@ def takes_types(model: Any) -> bool:
     """Whether the model tells the texts of a pair apart by token types."""
     known = "token_type_ids" in inspect.signature(model.forward).parameters
     return known and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
-
-
-def refused(checkpoint: Checkpoint, runtime: str, error: Exception) -> UnsupportedError:
-    """The error for an architecture that cannot be traced."""
-    said = str(error).splitlines()[0] if str(error) else repr(error)
-    return UnsupportedError(f"the architecture {checkpoint.config.get('model_type')!r} could not be exported to "
-                            f"{runtime}: {type(error).__name__}: {said}", hint=HINT)  # fmt: skip
 
 
 def feeds(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,8 @@ import numpy.typing as npt
 from lightship.checkpoint import Checkpoint
 from lightship.errors import UnsupportedError
 from lightship.recipe import Precision
-from lightship.targets._encoder import example, feeds, joined, refused, wanted
+from lightship.targets._encoder import example, feeds, joined, wanted
+from lightship.targets._tracing import tracing
 
 Ids = npt.NDArray[np.int64]
 QUANTISED = ["MatMul", "Gemm", "Gather"]
@@ -23,22 +21,12 @@ QUANTISED = ["MatMul", "Gemm", "Gather"]
 
 def trace(checkpoint: Checkpoint) -> Any:
     """The `onnx_ir.Model` of an encoder: batch and length dynamic, nothing recorded of this machine."""
-    import torch
-    from transformers.exporters import exporter_dynamo
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     model = checkpoint.load("float32")
-    # they advise whoever wrote this call, not who runs it, and miss packages for vision models
-    for name in ("transformers", exporter_dynamo.__file__, "torch.onnx._internal.exporter._registration"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
-            warnings.simplefilter("ignore", DeprecationWarning)
-            inputs = example(checkpoint, model)
-            return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True)).program
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-        raise refused(checkpoint, "ONNX", error) from error
+    with tracing(checkpoint, "ONNX"):
+        inputs = example(checkpoint, model)
+        return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True)).program
 
 
 def quantise(source: Path, target: Path, data: str) -> None:

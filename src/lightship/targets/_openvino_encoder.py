@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +10,20 @@ import numpy.typing as npt
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import EngineError
-from lightship.targets._encoder import example, feeds, joined, refused, wanted
+from lightship.targets._encoder import example, feeds, joined, wanted
+from lightship.targets._tracing import tracing
 
 Ids = npt.NDArray[np.int64]
 
 
 def trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     """The `openvino.Model` of an encoder: batch and length dynamic."""
-    import torch
-    from transformers.exporters import exporter_dynamo
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    from lightship.targets.openvino import output_on_stderr
-
     model = checkpoint.load(dtype)
-    for name in ("transformers", exporter_dynamo.__file__):  # they advise whoever wrote this call, not who runs it
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with torch.no_grad(), output_on_stderr(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
-            inputs = example(checkpoint, model)
-            return OpenVINOExporter().export(model, inputs, config=OpenVINOConfig(dynamic=True)).program
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-        raise refused(checkpoint, "OpenVINO", error) from error
+    with tracing(checkpoint, "OpenVINO"):
+        inputs = example(checkpoint, model)
+        return OpenVINOExporter().export(model, inputs, config=OpenVINOConfig(dynamic=True)).program
 
 
 class OpenVINOEncoder:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import shutil
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +19,7 @@ from lightship.errors import ContextTooLong, EngineError, RequestError, SourceEr
 from lightship.recipe import Precision
 from lightship.sampling import choose, log_softmax
 from lightship.targets import _onnx_encoder
+from lightship.targets._tracing import tracing
 
 EXTRA = "build"
 GRAPH = "model.onnx"
@@ -33,8 +30,8 @@ PLAIN = ("input_ids", "attention_mask", "position_ids", KEEP)
 GROUPS = (16, 32, 64, 128, 256)  # sizes that MatMulNBits knows
 INT8_GROUP = 64  # weights that share a scale in int8; in int4 the recipe says
 CHUNK = 2**22  # weights quantised at a time
-# `accuracy_level` of MatMulNBits: activations rounded to 8 bits in the same groups, or float32. In int8 the demo model
-# then wrote 59 tokens/s, not 5 (f32 unpacks every matrix for every token), at a mean KLD of 0.008, not 0.002.
+# `accuracy_level` of MatMulNBits: activations rounded to 8 bits in the same groups, or float32. `f32`
+# unpacks every matrix for every token, which is much slower.
 ACCURACY_LEVELS = {"auto": 4, "f32": 1}
 DOMAIN = "com.microsoft"
 Ids = npt.NDArray[np.int64]
@@ -102,7 +99,6 @@ def settle_encoder(precision: Precision) -> None:
 def _trace(checkpoint: Checkpoint) -> Any:
     """The `onnx_ir.Model` of `checkpoint`. Traced with two rows, one left-padded, so that no axis is specialised."""
     import torch
-    from transformers.exporters import exporter_dynamo
     from transformers.exporters import utils as exporter_utils
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -110,26 +106,14 @@ def _trace(checkpoint: Checkpoint) -> Any:
     ids = torch.arange(2, 18).reshape(2, 8) % checkpoint.vocabulary
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    # they advise whoever wrote this call, not who runs it, and miss packages for vision models
-    for name in ("transformers", exporter_dynamo.__file__, "torch.onnx._internal.exporter._registration"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
-            warnings.simplefilter("ignore", DeprecationWarning)
-            parts = exporter_utils.decompose_for_generation(
-                model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
-            )
-            submodel, inputs = parts["decode"]
-            # Positions whose logits are wanted: a prompt needs those of its last token only.
-            inputs[KEEP] = torch.arange(2)
-            return OnnxExporter().export(submodel, inputs, config=OnnxConfig(dynamic=True)).program
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-        raise UnsupportedError(
-            f"the architecture {checkpoint.config.get('model_type')!r} could not be exported to ONNX: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
-            hint="supported are decoder language models that transformers' ONNX exporter can trace",
-        ) from error
+    with tracing(checkpoint, "ONNX"):
+        parts = exporter_utils.decompose_for_generation(
+            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+        )
+        submodel, inputs = parts["decode"]
+        # Positions whose logits are wanted: a prompt needs those of its last token only.
+        inputs[KEEP] = torch.arange(2)
+        return OnnxExporter().export(submodel, inputs, config=OnnxConfig(dynamic=True)).program
 
 
 def _fix_sizes(graph: Any, checkpoint: Checkpoint) -> None:
@@ -156,7 +140,7 @@ def _fix_sizes(graph: Any, checkpoint: Checkpoint) -> None:
 
 def _fuse(model: Any) -> None:
     """Fuse attention, its cache and rotary embeddings, norms, and products of one input into ONNX Runtime's own
-    operators: the demo model has 489 nodes then, not 2 224. They take one sequence only where the length is dynamic."""
+    operators. They take one sequence only where the length is dynamic."""
     import onnx_ir
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightship.engine import EngineSettings, Event, FinishReason, GenerationPara
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
 from lightship.targets import _openvino_encoder
+from lightship.targets._tracing import tracing
 
 # openvino and nncf report to an analytics service as soon as they are imported, unless this package is missing; None is
 # how Python itself marks a module as missing. Nothing else of theirs opens a socket.
@@ -79,7 +79,6 @@ def settle_encoder(precision: Precision) -> None:
 def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     """The `openvino.Model` of `checkpoint`. Traced with two rows, one left-padded, so that no axis is specialised."""
     import torch
-    from transformers.exporters import exporter_dynamo
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
     from transformers.exporters.utils import decompose_for_generation
 
@@ -87,20 +86,10 @@ def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
     ids = torch.arange(2, 18).reshape(2, 8) % checkpoint.vocabulary
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    for name in ("transformers", exporter_dynamo.__file__):  # they advise whoever wrote this call, not who runs it
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with torch.no_grad(), output_on_stderr(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
-            parts = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
-            submodel, inputs = parts["decode"]
-            exported = OpenVINOExporter().export(submodel, inputs, config=OpenVINOConfig(dynamic=True))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-        raise UnsupportedError(
-            f"the architecture {checkpoint.config.get('model_type')!r} could not be exported to OpenVINO: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
-            hint="supported are decoder language models that transformers' OpenVINO exporter can trace",
-        ) from error
+    with tracing(checkpoint, "OpenVINO"):
+        parts = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        submodel, inputs = parts["decode"]
+        exported = OpenVINOExporter().export(submodel, inputs, config=OpenVINOConfig(dynamic=True))
     return exported.program
 
 
