@@ -119,7 +119,7 @@ def wordpiece(folder: Path, size: int = 400, *, roberta: bool = False) -> int:
     return tokenizer.get_vocab_size()
 
 
-def tiny_encoder(folder: Path, architecture: str, **changes) -> Checkpoint:
+def tiny_encoder(folder: Path, architecture: str, *, seed: int = 0, **changes) -> Checkpoint:
     """An encoder of two layers in `folder`, such as `BertForSequenceClassification`; `changes` go into its config."""
     import torch
     import transformers
@@ -134,7 +134,7 @@ def tiny_encoder(folder: Path, architecture: str, **changes) -> Checkpoint:
     if architecture.startswith("DistilBert"):
         options = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 160,
                    "initializer_range": 0.25, "vocab_size": vocabulary}  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     kind = getattr(transformers, architecture)
     kind(kind.config_class(**{**options, **changes})).save_pretrained(folder)
     return Checkpoint(folder)

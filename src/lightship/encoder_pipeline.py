@@ -84,12 +84,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Gated:
-    """Runtime folders that passed every gate, by target, and what they came from."""
+    """Runtime folders that passed every gate, by target, and what they came from; `failures`: targets that did not
+    pass, and why."""
 
     source: Source
     original: Stage
     runtimes: Mapping[str, Stage]
     gates: Mapping[str, tuple[Stage, ...]]
+    failures: Mapping[str, str]
 
     def runtime(self, target: str) -> Path:
         """The runtime folder of `target`."""
@@ -116,6 +118,11 @@ class Built:
             for stage in self.gated.gates[target]:
                 found += _named(_metrics(stage), target, self.targets)
         return found + _metrics(self.evaluated)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Targets that were above their limit, and where."""
+        return {**self.gated.failures, **self.evaluated.result["failures"]}
 
     @property
     def digests(self) -> list[str]:
@@ -155,16 +162,20 @@ def gated(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Gated:
     """From the source to runtime folders that passed every gate; one at least."""
     source = read(recipe, work)
     original = _original(work, source)
-    runtimes, gates, failures = {}, {}, []
+    runtimes, gates, failures = {}, {}, {}
     for name in targets:
         try:
             runtimes[name], gates[name] = _gated_target(recipe, work, source, original, name)
         except LimitExceeded as failure:
-            failures.append(failure)
+            failures[name] = failure
             work.say(f"{name} is above its limit" + (": left out" if len(targets) > 1 else ""))
     if not runtimes:
-        raise failures[0]
-    return Gated(source, original, runtimes, gates)
+        raise failures[targets[0]]
+    return Gated(source, original, runtimes, gates, {name: _first_line(each) for name, each in failures.items()})
+
+
+def _first_line(failure: LimitExceeded) -> str:
+    return failure.message.splitlines()[0].removesuffix("; nothing is shipped")
 
 
 def _gated_target(
@@ -276,7 +287,7 @@ def _evaluate(
         encoders.record(source.encoder, engine, source.score, folder / "reference")
         engine.close()
         metrics: dict[str, list[Metric]] = {}
-        failures = []
+        failures: dict[str, LimitExceeded] = {}
         for name, runtime in runtimes.items():
             engine = find("targets", name).open_encoder(runtime)
             found = encoders.distance(source.encoder, engine, source.score, folder / "reference")
@@ -286,10 +297,10 @@ def _evaluate(
                     _judge(work, found, limit, f"evaluate {name}")
                 metrics[name] = found.metrics()
             except LimitExceeded as failure:
-                failures.append(failure)
+                failures[name] = failure
                 work.say(f"{name} is above its limit on the scored text")
         if not metrics:
-            raise failures[0]
+            raise next(iter(failures.values()))
         shutil.rmtree(folder / "reference")
         gc.collect()
         original = memory.probe("pytorch", source.checkpoint.folder, repeats=REPEATS[recipe.evaluate])
@@ -300,7 +311,9 @@ def _evaluate(
         order = sorted(metrics, key=lambda name: -_speed(metrics[name]))
         for name in order:
             work.say(f"{name}: {_speed(metrics[name]):.1f} sequences/s (geometric mean of batches of 1 and 32)")
-        return {"targets": order, **_kept([m for name in order for m in _named(metrics[name], name, order)])}
+        left_out = {name: _first_line(failure) for name, failure in failures.items()}
+        ordered = [metric for name in order for metric in _named(metrics[name], name, order)]
+        return {"targets": order, "failures": left_out, **_kept(ordered)}
 
     every = {"checkpoint": source.checkpoint.digest(), "text": source.score.digest, "machine": machine(),
              "level": recipe.evaluate, "targets": list(runtimes), "limit": limit, **depends}  # fmt: skip
@@ -323,17 +336,17 @@ def seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> B
     for target in built.targets:
         shutil.copytree(built.gated.runtime(target), content / "targets" / target)
     encoders.write_golden(source.encoder, source.gate, built.gated.original.folder / "gate", content / "golden")
-    write_papers(content, recipe, report(recipe, source, built.metrics))
+    write_papers(content, recipe, report(recipe, source, built.metrics, built.left_out))
     sealed = pack(content, manifest_of(recipe, source.checkpoint, out.name, built.targets))
     appear(sealed.folder, out)
     return Bundle.open(out)
 
 
-def report(recipe: Recipe, source: Source, metrics: list[Metric]) -> Report:
-    """What was measured, with its limits."""
+def report(recipe: Recipe, source: Source, metrics: list[Metric], left_out: Mapping[str, str]) -> Report:
+    """What was measured, with its limits; `left_out`: targets above them, and where."""
     name = "cosine_loss" if source.encoder.kind == "embedder" else "kld"
     limit = (name, _limit(recipe, source.encoder))
-    return encoder_report(recipe, source.checkpoint, source.describe, metrics, limit)
+    return encoder_report(recipe, source.checkpoint, source.describe, metrics, limit, left_out)
 
 
 def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Report]:
@@ -341,7 +354,7 @@ def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Re
     source = read(recipe, work)
     runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
     found = _evaluate(recipe, work, source, runtimes, {"bundle": bundle.digest}, check=False)
-    return source.checkpoint, report(recipe, source, _metrics(found))
+    return source.checkpoint, report(recipe, source, _metrics(found), {})
 
 
 def replayed(bundle: Bundle, target: str) -> Metric:

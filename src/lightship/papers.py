@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,9 +79,11 @@ def report_of(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], meas
 
 
 def encoder_report(
-    recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric], limit: tuple[str, float]
-) -> Report:
-    """The same of an encoder; `limit`: what is limited, `kld` or `cosine_loss`, and how far."""
+    recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric],
+    limit: tuple[str, float], left_out: Mapping[str, str],
+) -> Report:  # fmt: skip
+    """The same of an encoder; `limit`: what is limited, `kld` or `cosine_loss`, and how far; `left_out`: targets that
+    were above it, and where."""
     name, bound = limit
     metrics = tuple(
         replace(metric, limit=bound) if metric.name.removeprefix("gate_").startswith(name) else metric
@@ -99,7 +101,9 @@ def encoder_report(
             f"{'1 − mean cosine' if name == 'cosine_loss' else 'mean KLD'} {far.value:.2g} "
             f"({'limit' if far.passed else 'ABOVE ITS LIMIT'} {bound:g}); "
             f"{scored if text['default_only'] else 'on your text'}"
+            + "".join(f"; {target} left out, above its limit" for target in left_out)
         ),
+        **({"left_out": dict(left_out)} if left_out else {}),
     }
     return Report(metrics, meta)
 

@@ -232,6 +232,8 @@ def _circumstances(meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("source", "precision", "text", "machine", "versions"):
         if meta.get(key):
             yield key, _inline(meta[key])
+    if meta.get("left_out"):
+        yield "left out", _inline(meta["left_out"])
     if meta.get("accepted"):
         yield "limits accepted on purpose", _inline(meta["accepted"])
 
