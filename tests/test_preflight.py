@@ -11,9 +11,10 @@ import pytest
 from lightship import costs, machine, preflight
 from lightship.checkpoint import Checkpoint
 from lightship.costs import Rates
+from lightship.decoder_pipeline import STAGES
 from lightship.errors import MissingExtra, SourceError, UnsafeSource, UnsupportedError
 from lightship.evaluation.text import amount
-from lightship.pipeline import STAGES, convert, plan_convert, plan_run, plan_ship, run, ship
+from lightship.pipeline import convert, plan_convert, plan_run, plan_ship, run, ship
 from lightship.preflight import Cost, Plan, Seen, Step, check_architecture, duration, gigabytes
 from lightship.recipe import Precision, Recipe
 from lightship.sources import peek

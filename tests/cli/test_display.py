@@ -1,7 +1,7 @@
 """What people see while a run goes on."""
 
 from lightship.cli.display import Bar
-from lightship.pipeline import CONVERT, STAGES
+from lightship.decoder_pipeline import CONVERT, STAGES
 
 
 def bar_at(shares, *moments):

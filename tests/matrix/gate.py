@@ -9,11 +9,12 @@ from pathlib import Path
 
 from lightship.calibration import Text, default_text
 from lightship.checkpoint import Checkpoint
+from lightship.decoder_pipeline import EXACT
 from lightship.errors import LimitExceeded
 from lightship.evaluation import divergence, parity
 from lightship.evaluation.parity import Parity
 from lightship.evaluation.text import scoring_set, tokeniser
-from lightship.pipeline import EXACT, convert
+from lightship.pipeline import convert
 from lightship.recipe import KLD_LIMITS, Precision, PrecisionName, Recipe
 from lightship.targets import openvino, pytorch
 

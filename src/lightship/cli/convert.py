@@ -19,7 +19,8 @@ def command(
     source: str, out: str | None, force: bool, as_json: bool, dry_run: bool, ignore_shortage: bool, **given: Any
 ) -> None:
     """Convert SOURCE to a gated runtime folder."""
-    from lightship.pipeline import CONVERT, STAGES, convert, plan_convert
+    from lightship.decoder_pipeline import CONVERT, STAGES
+    from lightship.pipeline import convert, plan_convert
 
     recipe = recipe_of(source, **given)
     folder = Path(out) if out else Path(f"{recipe.label}-runtime")

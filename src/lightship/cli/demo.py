@@ -18,8 +18,9 @@ QUESTION = "In one sentence, what does a lighthouse do?"
 def command(once: bool, port: int, out: str) -> None:
     """Ship SmolLM2-135M-Instruct to int8, serve it on 127.0.0.1 and ask it a question."""
     from lightship.bundle import Bundle
+    from lightship.decoder_pipeline import STAGES
     from lightship.errors import BundleError, UsageError
-    from lightship.pipeline import STAGES, ship
+    from lightship.pipeline import ship
     from lightship.recipe import Recipe
     from lightship.serving.client import stream_chat
     from lightship.serving.server import bind, running

@@ -18,7 +18,8 @@ from lightship.cli.options import preflight_options
 @preflight_options
 def command(recipe: str, runs: str, as_json: bool, dry_run: bool, ignore_shortage: bool) -> None:
     """Build the bundle that the YAML file RECIPE describes."""
-    from lightship.pipeline import STAGES, plan_run, run
+    from lightship.decoder_pipeline import STAGES
+    from lightship.pipeline import plan_run, run
     from lightship.recipe import read_recipe
 
     asked = read_recipe(Path(recipe))

@@ -20,7 +20,8 @@ def command(
     source: str, out: str | None, force: bool, as_json: bool, dry_run: bool, ignore_shortage: bool, **given: Any
 ) -> None:
     """Ship SOURCE (a folder, a .gguf file, a hub id, or `demo`) as a measured bundle."""
-    from lightship.pipeline import STAGES, plan_ship, ship
+    from lightship.decoder_pipeline import STAGES
+    from lightship.pipeline import plan_ship, ship
 
     recipe = recipe_of(source, **given)
     folder = Path(out) if out else Path(recipe.label)
