@@ -6,6 +6,7 @@ Beside `pipeline`, which holds the verbs, and `encoder_pipeline` the only module
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import shutil
 from collections.abc import Sequence
@@ -14,15 +15,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lightship.bundle import Bundle, pack
-from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, sha256
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError
-from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
-from lightship.evaluation.divergence import Reference
+from lightship.evaluation import divergence, golden, memory, pairs, parity, perplexity, replay
+from lightship.evaluation.divergence import Batch, Reference
+from lightship.evaluation.pairs import PairTexts
 from lightship.evaluation.text import SPEED_REPEATS, Texts, cut
 from lightship.find import find
+from lightship.kind import GENERATORS
 from lightship.machine import machine
 from lightship.output import appear
 from lightship.papers import manifest_of, report_of, write_papers
@@ -65,7 +70,7 @@ class Gated:
     """A runtime folder that passed every gate, and what it came from."""
 
     checkpoint: Checkpoint
-    texts: Texts
+    texts: Texts | PairTexts
     original: Stage
     runtime: Stage
     gates: tuple[Stage, ...]
@@ -142,7 +147,7 @@ def gated(recipe: Recipe, work: Work) -> Gated:
     return Gated(checkpoint, texts, original, runtime, tuple(gates))
 
 
-def _read(run: Run) -> tuple[Checkpoint, Texts]:
+def _read(run: Run) -> tuple[Checkpoint, Texts | PairTexts]:
     """The checkpoint, and the tokens to gate, score and calibrate with. Only what is converted is kept."""
     recipe, number = run.recipe, run.work.announce("read")
     found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=run.work.say)
@@ -154,20 +159,20 @@ def _read(run: Run) -> tuple[Checkpoint, Texts]:
             found.read(folder / "model", run.work.say)
 
         checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
-    if checkpoint.kind != "decoder":
+    if checkpoint.kind not in GENERATORS:
         raise UnsupportedError(f"{recipe.source} became a {checkpoint.kind}; adapters are merged into decoders only",
                                hint="merge it with PEFT and give the merged folder")  # fmt: skip
     run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
-    return checkpoint, cut(recipe, checkpoint)
+    texts = pairs.cut(recipe, checkpoint) if checkpoint.kind == "seq2seq" else cut(recipe, checkpoint)
+    return checkpoint, texts
 
 
-def _original(run: Run, checkpoint: Checkpoint, texts: Texts) -> Stage:
+def _original(run: Run, checkpoint: Checkpoint, texts: Texts | PairTexts) -> Stage:
     """Record the original's log-probabilities on the gate's rows, then free it."""
 
     def make(folder: Path) -> None:
         original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-        batches = parity.gate_batches(texts.gate, checkpoint.context_length, original.greedy)
-        divergence.record(original, batches, folder)
+        divergence.record(original, texts.gate_batches(original), folder)
 
     return run.work.stage("original", {"checkpoint": checkpoint.digest(), "tokens": digest_of(texts.gate)}, make)
 
@@ -208,7 +213,7 @@ def _judged(
     return _kept(parity.parity_metrics(found, prefix))
 
 
-def _quantise(run: Run, exported: Stage, texts: Texts) -> Stage:
+def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
     """The runtime folder at the precision asked for, as it will be served."""
     precision = run.recipe.precision
 
@@ -242,8 +247,8 @@ def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> 
 
     def make(folder: Path) -> dict[str, Any]:
         engine = run.target.open(runtime.folder / "runtime", EngineSettings(prefix_cache=False))
-        tokens, expected = parity.long_row(gate)
-        metric = parity.check_served(expected, engine.prompt_logprobs(tokens), limit)
+        row, expected = parity.long_row(gate)
+        metric = parity.check_served(expected, _served_logprobs(engine, row), limit)
         engine.close()
         run.work.say(f"mean |Δ log p| {metric.value:.2e} over {metric.n} tokens")
         return _kept([metric])
@@ -252,12 +257,20 @@ def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> 
     return run.work.stage("served path", depends, make)
 
 
-def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, digest: str) -> Stage:
+def _served_logprobs(engine: Any, row: Batch) -> npt.NDArray[np.float32]:
+    """log p of each token of `row` but the first, as `engine` serves it."""
+    tokens = row.ids[0].tolist()
+    given = () if row.source is None else (row.source[0].tolist(),)
+    found: npt.NDArray[np.float32] = engine.prompt_logprobs(tokens, *given)
+    return found
+
+
+def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts | PairTexts, digest: str) -> Stage:
     """Quality on held-out text; then speed and memory of original and candidate, a fresh process each."""
     recipe = run.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        metrics = _quality(run, checkpoint, runtime, texts.score, folder / "reference")
+        metrics = _quality(run, checkpoint, runtime, texts, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
         candidate = memory.probe(run.name, runtime, **repeats)
@@ -267,22 +280,23 @@ def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts, dig
             metrics += _golden_cases(run, Path(recipe.golden), checkpoint, runtime)
         return _kept(metrics)
 
-    depends = {"runtime": digest, "checkpoint": checkpoint.digest(), "text": texts.score.digest, "machine": machine(),
+    depends = {"runtime": digest, "checkpoint": checkpoint.digest(), "text": texts.digest, "machine": machine(),
                "level": recipe.evaluate, "golden": recipe.golden and sha256(Path(recipe.golden))}  # fmt: skip
     return run.work.stage("evaluate", depends, make)
 
 
-def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, score: Passages, folder: Path) -> list[Metric]:
-    """Both models on the held-out passages, one after the other: they are never in memory together. What the original
-    says lies in `folder` meanwhile."""
+def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts | PairTexts, folder: Path) -> list[Metric]:
+    """Both models on held-out text, one after the other: they are never in memory together. What the original says
+    lies in `folder` meanwhile."""
     original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-    scoring = divergence.record(original, divergence.passage_batches(score), folder)
+    batches, text_bytes = texts.score_batches(original)
+    scoring = divergence.record(original, batches, folder)
     del original
     gc.collect()
     found = divergence.compare(scoring, run.target.open_scorer(runtime))
     shutil.rmtree(folder)
     gc.collect()
-    return perplexity.quality(found, score.bytes_per_token * score.scored)
+    return perplexity.quality(found, text_bytes, texts.scored)
 
 
 def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -> list[Metric]:
@@ -325,5 +339,11 @@ def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Re
 
 def replayed(bundle: Bundle, target: str) -> Metric:
     """The golden rows of `bundle` on its `target` here, against what the original said; with its limit."""
-    found = replay.replay(*bundle.golden(), find("targets", target).open_scorer(bundle.target_folder(target)))
+    scorer = find("targets", target).open_scorer(bundle.target_folder(target))
+    if bundle.kind == "seq2seq":
+        sources = (np.array([source], np.int64) for source in bundle.golden_sources())
+        scorers = (scorer.given(source, np.ones_like(source)) for source in sources)
+    else:
+        scorers = (scorer for _ in itertools.count())
+    found = replay.replay(*bundle.golden(), scorers)
     return replace(found, limit=float(bundle.report.meta["limit_kld"]))

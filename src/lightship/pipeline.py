@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 from lightship import decoder_pipeline, encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle
@@ -20,12 +21,12 @@ from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import memory
 from lightship.evaluation.text import amount
 from lightship.find import find
-from lightship.kind import GENERATORS, kind_of
+from lightship.kind import GENERATORS, Kind, kind_of
 from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import published
 from lightship.preflight import Plan, Seen, check_packages, first_look, plan
-from lightship.recipe import Recipe
+from lightship.recipe import Precision, Recipe
 from lightship.report import Report
 from lightship.sources import look, peek
 from lightship.work import DONE, NotMade, Progress, Survey, Work, digest_of
@@ -136,19 +137,29 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
-    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
     if fetch:
         log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
         look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
     seen = first_look(recipe, peek)
-    if seen.config is not None and kind_of(seen.config) not in GENERATORS:
+    kind = "decoder" if seen.config is None else kind_of(seen.config)
+    if kind not in GENERATORS:
         encoders = encoder_pipeline.targets_of(recipe, progress)
         check_packages(encoders)
         return Settled(recipe, encoders, seen)
+    precision, notes = _settled_precision(recipe, name, target, kind)
     for note in notes:
         progress(note)
     check_packages([name])
     return Settled(recipe.model_copy(update={"precision": precision, "target": name}), (), seen)
+
+
+def _settled_precision(recipe: Recipe, name: str, target: ModuleType, kind: Kind) -> tuple[Precision, list[str]]:
+    """The precision as `target` carries it out, and what to tell about the difference."""
+    if kind == "seq2seq" and not hasattr(target, "settle_seq2seq"):
+        raise UnsupportedError(f"encoder-decoders are not shipped to the target {name!r}", hint="use openvino")
+    settle = getattr(target, "settle_seq2seq" if kind == "seq2seq" else "settle", None)
+    found: tuple[Precision, list[str]] = settle(recipe.precision) if settle else (recipe.precision, [])
+    return found
 
 
 def plan_ship(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
