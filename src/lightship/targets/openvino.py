@@ -84,6 +84,8 @@ def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
     """`precision` as encoder-decoders are shipped at, and what to tell about the difference: no calibration.
 
     Raises `UnsupportedError` for GPTQ, which needs it."""
+    if precision.name != "int4":
+        return precision, []
     if precision.gptq:
         raise UnsupportedError("gptq is not available for encoder-decoders: they are quantised without calibration")
     left_out = [name for name in ("awq", "scale_estimation") if precision.data_aware and getattr(precision, name)]
