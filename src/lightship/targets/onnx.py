@@ -108,12 +108,24 @@ def _trace(checkpoint: Checkpoint) -> Any:
     mask[0, :3] = 0
     with tracing(checkpoint, "ONNX"):
         parts = exporter_utils.decompose_for_generation(
-            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+            model, {"input_ids": ids, "attention_mask": mask, **_whole_cache(model)}, multi_token_decode=True
         )
         submodel, inputs = parts["decode"]
         # Positions whose logits are wanted: a prompt needs those of its last token only.
         inputs[KEEP] = torch.arange(2)
         return OnnxExporter().export(submodel, inputs, config=OnnxConfig(dynamic=True)).program
+
+
+def _whole_cache(model: Any) -> dict[str, Any]:
+    """The empty cache to trace a model with whose layers have windows: they keep all keys and values, as full ones do,
+    and the mask alone applies the window. A layer that drops what has left its window would have its length counted
+    outside the graph. Nothing for other models: theirs is right as they make it."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config)
+    windows = [isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers]
+    cache.layers = [DynamicLayer() if cut else layer for cut, layer in zip(windows, cache.layers, strict=True)]
+    return {"past_key_values": cache} if any(windows) else {}
 
 
 def _fix_sizes(graph: Any, checkpoint: Checkpoint) -> None:
