@@ -163,9 +163,10 @@ def test_the_engine_is_greedy_as_pytorch(exported):
     assert generate(engine, PROMPT, max_tokens=60, ignore_eos=True) == expected
 
 
-@pytest.fixture(scope="module", params=["mistral", "gemma3"])
+@pytest.fixture(scope="module", params=["mistral", "gemma2", "gemma3"])
 def windowed(request, tmp_path_factory):
-    """(checkpoint, its runtime folder in fp32): every layer has a window of 128, and one of two has."""
+    """(checkpoint, its runtime folder in fp32): every layer of mistral has a window of 128, one of two of the others.
+    The capped scores of gemma2 are computed outside the fused attention."""
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = make(request.param, folder / "model")
     onnx.export(checkpoint, folder / "runtime")
@@ -196,6 +197,15 @@ def test_the_engine_is_greedy_as_pytorch_beyond_the_window(windowed):
     engine = onnx.open(runtime, EngineSettings(max_batched_tokens=150))
     expected = pytorch.open_scorer(checkpoint.folder).greedy([prompt], 150)[0]
     assert generate(engine, prompt, max_tokens=150, ignore_eos=True) == expected
+
+
+def test_only_fused_attention_appends_to_its_cache(windowed):
+    """Elsewhere the graph hands out a longer copy; the tests above read both kinds."""
+    checkpoint, runtime = windowed
+    graph = onnx_ir.load(runtime / "model.onnx").graph
+    past, present = graph.inputs[3], next(value for value in graph.outputs if value.name.startswith(onnx.PRESENT))
+    assert past.name.startswith(onnx.PAST)
+    assert (past.shape == present.shape) == (checkpoint.config["model_type"] != "gemma2")
 
 
 def test_another_state_than_keys_and_values_is_refused(tmp_path):
