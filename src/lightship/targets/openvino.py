@@ -7,7 +7,6 @@ import ctypes
 import gc
 import io
 import json
-import logging
 import os
 import shutil
 import sys
@@ -23,7 +22,7 @@ from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
-from lightship.targets import _openvino_encoder, _openvino_seq2seq
+from lightship.targets import _openvino_encoder, _openvino_seq2seq, _openvino_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._tracing import tracing
 
@@ -186,24 +185,17 @@ def _check_tokenizer(encoder: Any, tokenizer: Any) -> None:
 
 
 def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
-    """Compress the weights of the runtime folder `source` into `folder` (NNCF), embedding and head included.
+    """Compress the weights of the runtime folder `source` into `folder`, see `_openvino_weights`; `calibration` (token
+    sequences) feeds the data-aware options."""
+    import openvino as ov
 
-    int8 is symmetric per output channel. int4 is symmetric in groups along the input; embedding and head take
-    int8 unless `precision.all_layers`; `calibration` (token sequences) feeds the data-aware options.
-    """
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars would be drawn over ours
-        import nncf
-        import openvino as ov
-
-        nncf.set_log_level(logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
         graphs = [path.name for path in sorted(source.glob("*_model.xml"))]
+        rows = [_graph_inputs(np.array([ids])) for ids in calibration]
         for name in graphs:
             graph = ov.Core().read_model(source / name)
-            if precision.name == "int8":
-                graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-            else:
-                graph = _compress_int4(graph, precision, calibration)
+            graph = _openvino_weights.compress(graph, precision, rows, decodes=Checkpoint(source).kind == "decoder")
             ov.save_model(graph, str(folder / name), compress_to_fp16=False)
             del graph
             gc.collect()
@@ -213,31 +205,6 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-
-
-def _compress_int4(graph: Any, precision: Precision, calibration: Sequence[Sequence[int]]) -> Any:
-    import nncf
-
-    if precision.data_aware and not calibration:
-        raise UnsupportedError("int4 with awq, scale estimation or gptq needs a calibration set")
-    rows = [_graph_inputs(np.array([ids])) for ids in calibration]
-    try:
-        return nncf.compress_weights(
-            graph,
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=precision.group_size,
-            ratio=precision.ratio,
-            all_layers=precision.all_layers,
-            awq=precision.awq,
-            scale_estimation=precision.scale_estimation,
-            gptq=precision.gptq,
-            dataset=nncf.Dataset(rows) if precision.data_aware else None,
-        )
-    except nncf.errors.InvalidGroupSizeError as error:
-        raise UnsupportedError(
-            f"groups of {precision.group_size} do not divide every width of this model",
-            hint="choose a --group-size that does, such as 64 or 32",
-        ) from error
 
 
 def finish(folder: Path, precision: Precision) -> None:
