@@ -239,7 +239,7 @@ def test_memory_of_control_groups(tmp_path):
         (group / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
     assert machine.memory_available([outer, inner]) == 2 * 2**20
     assert machine.memory_available([outer]) > 2**30
-    (tmp_path / "cgroup").write_text("1:cpu:/x\n0::/job\n")
+    (tmp_path / "cgroup").write_text("1:pids:/x\n0::/job\n")
     assert machine.own_groups(tmp_path, tmp_path / "cgroup") == [inner, outer]
 
 
