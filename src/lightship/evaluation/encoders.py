@@ -55,7 +55,7 @@ def gate_rows(encoder: Encoder, text: Text) -> Rows:
     """Rows for the gates: the shortest there are, many lengths, and one at the full context (`LONGEST` at most)."""
     found = score_rows(encoder, text, GATE_ROWS)
     body = "\n\n".join(document.text for document in text.split()[1].documents)
-    full = _row(encoder, body, min(encoder.context, LONGEST))
+    full = _row(encoder, _copy(encoder), body, min(encoder.context, LONGEST))
     empty = row_of(encoder.tokenizer.encode("", "" if encoder.kind == "qa" else None))
     single = Row(full.ids[:1], full.types[:1])
     return Rows((*found.rows, full, single, *([empty] if len(empty) else [])), found.digest)
@@ -65,19 +65,25 @@ def score_rows(encoder: Encoder, text: Text, count: int) -> Rows:
     """Up to `count` rows from the documents that never calibrate, one paragraph each, of the lengths in `LENGTHS`."""
     scoring = text.split()[1]
     rows: list[Row] = []
+    tokenizer = _copy(encoder)
     for paragraph in (each for document in scoring.documents for each in paragraphs(document.text)):
         if len(rows) == count:
             break
-        rows.append(_row(encoder, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context)))
+        rows.append(_row(encoder, tokenizer, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context)))
     if not rows:
         raise UsageError(f"{text.name} is too short: no paragraph of it is left to score on", hint="use a longer text")
     return Rows(tuple(rows), text.digest)
 
 
-def _row(encoder: Encoder, text: str, length: int) -> Row:
-    """`text` as a row of at most `length` tokens, special ones included; for extractive QA as question and context."""
+def _copy(encoder: Encoder) -> Tokenizer:
+    """The encoder's tokenizer, to be changed; making it takes a second where the vocabulary is large."""
+    return Tokenizer.from_str(encoder.tokenizer.to_str())
+
+
+def _row(encoder: Encoder, tokenizer: Tokenizer, text: str, length: int) -> Row:
+    """`text` as a row of at most `length` tokens, special ones included; for extractive QA as question and context. Of
+    `tokenizer`, a copy of the encoder's, the truncation is changed."""
     pair = encoder.kind == "qa"
-    tokenizer = Tokenizer.from_str(encoder.tokenizer.to_str())
     longest = max(length, tokenizer.num_special_tokens_to_add(pair) + 2 * (1 + pair))
     tokenizer.enable_truncation(min(longest, encoder.context))
     text = text.lower() if encoder.lower else text
