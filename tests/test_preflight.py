@@ -110,7 +110,7 @@ def test_mixtures_of_experts_and_targets_not_measured(copy, tmp_path):
     edit(copy.folder / "config.json", num_local_experts=0)
     recipe = Recipe(source=str(copy.folder))
     other = recipe.model_copy(update={"target": "elsewhere"})
-    planned = preflight.plan(other, peek(recipe.source), amount, ("read",), tmp_path / "out")
+    planned = preflight.plan(other, peek(recipe.source), lambda rates: {}, ("read",), tmp_path / "out")
     assert "target elsewhere has not been measured" in planned.said() and planned.to_dict()["seconds"] is None
     gptq = Recipe(source=str(copy.folder), precision=Precision(name="int4", gptq=True))
     assert "gptq" in plan_ship(gptq, tmp_path / "out").said()

@@ -17,10 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightship import encoder_pipeline
+from lightship import costs, encoder_costs, encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle, pack
 from lightship.calibration import Passages
 from lightship.checkpoint import Checkpoint, read_json, sha256, write_json
+from lightship.costs import Costs, Rates
+from lightship.encoder_costs import EncoderShape
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import divergence, golden, memory, parity, perplexity, replay
@@ -155,7 +157,15 @@ class Settled:
 
     def plan(self, stages: Sequence[str], out: Path, work: Path | None = None, done: Sequence[str] = ()) -> Plan:
         """What the run would need."""
-        return plan(self.recipe, self.seen, amount, stages, out, work, done)
+        return plan(self.recipe, self.seen, self._costs, stages, out, work, done)
+
+    def _costs(self, rates: Rates) -> Costs:
+        recipe, shape = self.recipe, self.seen.shape
+        if isinstance(shape, EncoderShape):
+            count = encoder_pipeline.amount(recipe, shape.context)
+            return encoder_costs.predict(shape, recipe.precision, count, rates, self.encoders)
+        assert shape is not None  # else nothing is asked
+        return costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates)
 
 
 def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) -> Settled:

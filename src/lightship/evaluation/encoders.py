@@ -20,10 +20,12 @@ from tokenizers import Tokenizer
 
 from lightship.calibration import Text, paragraphs
 from lightship.encoder import Encoder, Padded, Row, row_of
+from lightship.encoder_costs import EncoderAmount
 from lightship.engine import EncoderEngine
 from lightship.errors import LightshipError, LimitExceeded, UsageError
 from lightship.evaluation.parity import above
 from lightship.evaluation.perplexity import mean_stderr
+from lightship.evaluation.speed import BATCHES, SEQUENCE, SINGLES
 from lightship.report import Metric
 
 Floats = npt.NDArray[np.float32]
@@ -31,6 +33,7 @@ LENGTHS = (3, 5, 9, 16, 23, 32, 48, 64, 128)  # tokens of a row, in turn
 GATE_ROWS, BATCH = 24, 8
 LONGEST = 2048  # tokens of the gate's longest row; attention needs memory for the square of it
 QUESTION = 12  # words
+PADDED = 50  # tokens of a row once padded, on average: most paragraphs are shorter than the length asked for
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,23 @@ def score_rows(encoder: Encoder, text: Text, count: int) -> Rows:
     if not rows:
         raise UsageError(f"{text.name} is too short: no paragraph of it is left to score on", hint="use a longer text")
     return Rows(tuple(rows), text.digest)
+
+
+def amount(context: int, scored: int, repeats: int) -> EncoderAmount:
+    """What is computed on with an encoder of `context`: the gate's rows, `scored` rows, and speed `repeats` times."""
+    longest, usual, sequence = min(context, LONGEST), min(context, PADDED), min(context, SEQUENCE)
+    calls = [SINGLES if size == 1 else 1 for size in BATCHES]
+    return EncoderAmount(
+        gate=GATE_ROWS * usual + 3 * longest,
+        gate_calls=GATE_ROWS // BATCH + 1,
+        score=scored * usual,
+        score_calls=-(-scored // BATCH),
+        widest=max(3 * longest, BATCH * min(context, max(LENGTHS))),
+        longest=longest,
+        speed=(repeats + 1) * sum(size * each for size, each in zip(BATCHES, calls, strict=True)) * sequence,
+        speed_calls=(repeats + 1) * sum(calls),
+        speed_widest=max(BATCHES) * sequence,
+    )
 
 
 def _copy(encoder: Encoder) -> Tokenizer:
