@@ -179,6 +179,8 @@ def test_a_plan_adds_up(tmp_path):
     assert (planned.seconds, planned.memory, planned.disk, planned.result) == (60, 3 * GB, 7 * GB, 0.5 * GB)
     rest = replace(planned, steps=(replace(steps[0], done=True), *steps[1:]))
     assert (rest.seconds, rest.memory, rest.disk) == (50, 2 * GB, 5 * GB)
+    assert rest.times == {"one": 0, "two": 20, "three": 30}
+    assert replace(rest, steps=(*rest.steps, Step("four", False, None))).times == {}
     assert "(1 of 3 stages are done)" in rest.said()
     assert replace(planned, steps=tuple(replace(step, done=True) for step in steps)).said() == "nothing to do"
 
@@ -327,7 +329,7 @@ def test_a_dry_run_says_which_stages_are_done(llama, tmp_path):
     done = ["original", "export", "gate export", "quantise"]
 
     def stop(line):
-        if line == "[6/9] gate":
+        if line.endswith("] gate"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -360,7 +362,7 @@ def test_a_file_that_is_not_unpacked_yet(llama, tmp_path):
     recipe = Recipe(source=str(path), name="tiny", out=str(tmp_path / "out"))
 
     def stop(line):
-        if line == "[3/9] export":
+        if line.endswith("] export"):
             raise KeyboardInterrupt
 
     assert not any(step.done for step in plan_run(recipe, runs=tmp_path / "runs").steps)

@@ -40,12 +40,10 @@ from lightship.sources import look, peek
 from lightship.work import DONE, NotMade, Progress, Stage, Survey, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
-# Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
-STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
-          "evaluate": 33, "pack": 1}  # fmt: skip
 MADE = "bundle.json"  # in a run's folder: what its bundle was made from
 TARGET = "openvino"  # of decoders, when the recipe names none
 CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
+STAGES = (*CONVERT, "evaluate", "pack")  # of a decoder's run
 
 
 def silent(message: str) -> None:
@@ -80,9 +78,9 @@ def ship(
     """
     check_out(out, recipe, force, MANIFEST)
     asked = settled(recipe, progress)
-    _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
+    times = _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
     with scratch(out) as folder:
-        work = Work(folder / "run", asked.stages(), progress)
+        work = Work(folder / "run", asked.stages(), progress, times)
         return _seal(asked.recipe, work, _built(asked, work), out, folder)
 
 
@@ -97,8 +95,8 @@ def run(
     out, place = Path(recipe.out or f"bundles/{recipe.label}"), runs / recipe.label
     check_out(out, recipe, True, MANIFEST)
     asked = settled(recipe, progress)
-    _tell(asked.plan(asked.stages(), out, place, _finished(asked, place, out)), progress, ignore_shortage)
-    work = Work(place, asked.stages(), progress)
+    planned = asked.plan(asked.stages(), out, place, _finished(asked, place, out))
+    work = Work(place, asked.stages(), progress, _tell(planned, progress, ignore_shortage))
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / MADE
     with scratch(out) as folder:
@@ -153,7 +151,7 @@ class Settled:
         """The stages of the run; of an encoder only the first target is converted."""
         if self.encoders:
             return encoder_pipeline.stages(self.encoders[:1] if convert else self.encoders, convert)
-        return CONVERT if convert else tuple(STAGES)
+        return CONVERT if convert else STAGES
 
     def plan(self, stages: Sequence[str], out: Path, work: Path | None = None, done: Sequence[str] = ()) -> Plan:
         """What the run would need."""
@@ -216,29 +214,31 @@ def plan_run(recipe: Recipe, *, runs: Path = Path("runs")) -> Plan:
     return asked.plan(asked.stages(), out, folder, _finished(asked, folder, out))
 
 
-def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> None:
+def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> dict[str, float]:
+    """Say what the run will need; returns the seconds of its stages."""
     if not ignore_shortage:
         planned.check()
     progress(planned.said())
+    return planned.times
 
 
 def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
-    """The stages of a decoder's earlier run that would be found again; all of them when its bundle is up to date."""
-    recipe, seen = asked.recipe, asked.seen
-    if seen.shape is None or not any(folder.glob(f"*/{DONE}")):
+    """The stages of an earlier run that would be found again; all of them when its bundle is up to date."""
+    recipe, seen, names = asked.recipe, asked.seen, asked.stages()
+    if seen.file is None or not any(folder.glob(f"*/{DONE}")):
         return ()
-    survey = Survey(folder, tuple(STAGES), silent, needed=("read",))
+    survey = Survey(folder, names, silent, needed=("read",))
     here = recipe
     if seen.file is not None and seen.config is not None:  # of a hub model the copy in the cache: nothing is fetched
         here = recipe.model_copy(update={"source": str(seen.file.parent), "revision": None})
     try:
-        built = _stages(Run(here, survey))
+        built = encoder_pipeline.build(here, survey, asked.encoders) if asked.encoders else _stages(Run(here, survey))
     except NotMade:
         return ()
     made = folder / MADE
-    packed = made.is_file() and (out / MANIFEST).is_file()
+    packed = built.evaluated.found and made.is_file() and (out / MANIFEST).is_file()
     if packed and read_json(made) == {"inputs": _inputs(recipe, built), "bundle": Bundle.open(out).digest}:
-        return tuple(STAGES)
+        return names
     return survey.found
 
 
@@ -540,9 +540,9 @@ def convert(
     check_out(out, recipe, force, "engine.json")
     asked = settled(recipe, progress)
     recipe, encoders, names = asked.recipe, asked.encoders, asked.stages(convert=True)
-    _tell(asked.plan(names, out), progress, ignore_shortage)
+    times = _tell(asked.plan(names, out), progress, ignore_shortage)
     with scratch(out) as folder:
-        work = Work(folder / "run", names, progress)
+        work = Work(folder / "run", names, progress, times)
         if encoders:
             runtime = encoder_pipeline.gated(recipe, work, encoders[:1]).runtime(encoders[0])
         else:

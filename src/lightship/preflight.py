@@ -210,6 +210,13 @@ class Plan:
         """Bytes of what appears at `out`: what the last stage that keeps anything made."""
         return next((step.cost.kept for step in reversed(self.steps) if step.cost and step.cost.kept), 0.0)
 
+    @property
+    def times(self) -> dict[str, float]:
+        """Stage → the seconds it will take, none where it is done; empty when not every stage is predicted."""
+        if not self.predicted:
+            return {}
+        return {step.name: step.cost.seconds if step.cost and not step.done else 0.0 for step in self.steps}
+
     def shortages(self) -> Iterator[tuple[bool, str]]:
         """What there is too little of, or nearly: (too little, sentence)."""
         needs = [(self.memory, memory_available(), "memory, {} available")]

@@ -18,14 +18,14 @@ from lightship.cli.options import preflight_options
 @preflight_options
 def command(recipe: str, runs: str, as_json: bool, dry_run: bool, ignore_shortage: bool) -> None:
     """Build the bundle that the YAML file RECIPE describes."""
-    from lightship.pipeline import STAGES, plan_run, run
+    from lightship.pipeline import plan_run, run
     from lightship.recipe import read_recipe
 
     asked = read_recipe(Path(recipe))
     if dry_run:
         show_plan(plan_run(asked, runs=Path(runs)), as_json)
         return
-    with stages(STAGES) as progress:
+    with stages() as progress:
         bundle = run(asked, runs=Path(runs), progress=progress, ignore_shortage=ignore_shortage)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.folder), "digest": bundle.digest}))
