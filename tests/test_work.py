@@ -27,6 +27,19 @@ def maker(made, name, text="x"):
     return make
 
 
+def test_a_stage_is_announced_with_the_predicted_share_before_it(tmp_path):
+    said = []
+    timed = Work(
+        tmp_path, ("first", "second thing", "last"), said.append, {"first": 1.0, "second thing": 0.0, "last": 3.0}
+    )
+    assert [timed.announce(name) for name in timed.names] == [1, 2, 3]
+    assert said == ["[1/3, 0%] first", "[2/3, 25%] second thing", "[3/3, 25%] last"]
+    said.clear()
+    for seconds in ({}, dict.fromkeys(timed.names, 0.0)):  # nothing is known, or all of it is done
+        Work(tmp_path, timed.names, said.append, seconds).announce("last")
+    assert said == ["[3/3] last", "[3/3] last"]
+
+
 def test_a_second_run_finds_what_the_first_made(work, made):
     one = work.stage("first", {"a": 1}, maker(made, "first"))
     two = work.stage("first", {"a": 1}, maker(made, "first"))

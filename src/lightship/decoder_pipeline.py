@@ -37,11 +37,9 @@ from lightship.sources import look
 from lightship.work import Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
-# Every stage of a run and its usual share of the time in percent, measured on the demo model: what the ETA is made of.
-STAGES = {"read": 12, "original": 4, "export": 31, "gate export": 4, "quantise": 8, "gate": 4, "served path": 3,
-          "evaluate": 33, "pack": 1}  # fmt: skip
-TARGET = "openvino"  # when the recipe names none
 CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
+STAGES = (*CONVERT, "evaluate", "pack")  # of a run
+TARGET = "openvino"  # when the recipe names none
 
 
 @dataclass(frozen=True)

@@ -102,17 +102,17 @@ class Encoder:
         """Read and check the folder's files. Raises `SourceError` or `UnsupportedError` for what does not fit."""
         checkpoint = Checkpoint(folder)
         config = checkpoint.config
-        kind, sentence = checkpoint.kind, _optional(folder / "sentence_bert_config.json")
+        kind = checkpoint.kind
         found = Encoder(
             kind=kind,
-            context=_context(checkpoint, sentence),
+            context=context_of(checkpoint),
             vocabulary=checkpoint.vocabulary,
             pad=_pad(config),
             tokenizer=load_tokenizer(folder),
             labels=_labels(config, folder) if kind == "classifier" else (),
             several=config.get("problem_type") == "multi_label_classification",
             pooling=read_pooling(folder) if kind == "embedder" else Pooling(),
-            lower=bool(sentence.get("do_lower_case")),
+            lower=bool(_sentence(folder).get("do_lower_case")),
         )
         size = found.tokenizer.get_vocab_size(with_added_tokens=True)
         if size > found.vocabulary:
@@ -206,12 +206,16 @@ def _mode(config: dict[str, Any], folder: Path) -> Mode:
     return MODES[chosen[0]]
 
 
-def _optional(path: Path) -> dict[str, Any]:
+def _sentence(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers says of the texts it takes; empty where it says nothing."""
+    path = folder / "sentence_bert_config.json"
     return read_json(path) if path.is_file() else {}
 
 
-def _context(checkpoint: Checkpoint, sentence: dict[str, Any]) -> int:
-    config = checkpoint.config
+def context_of(checkpoint: Checkpoint) -> int:
+    """Tokens that an encoder takes, special ones included: those that its positions leave room for, or fewer where
+    sentence-transformers says so. Raises `SourceError` for what cannot be."""
+    config, sentence = checkpoint.config, _sentence(checkpoint.folder)
     context = checkpoint.context_length - (_pad(config) + 1 if config.get("model_type") in OFFSET else 0)
     stated = sentence.get("max_seq_length")
     if stated is not None and (type(stated) is not int or stated < 1):

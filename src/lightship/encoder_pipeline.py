@@ -17,6 +17,7 @@ from typing import Any
 from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
+from lightship.encoder_costs import EncoderAmount
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError
 from lightship.evaluation import encoders, memory
@@ -66,6 +67,11 @@ def stages(targets: tuple[str, ...], convert: bool = False) -> tuple[str, ...]:
     """Every stage of a run, in order."""
     each = tuple(f"{stage} {target}" for target in targets for stage in PER_TARGET)
     return ("read", "original", *each, *(() if convert else ("evaluate", "pack")))
+
+
+def amount(recipe: Recipe, context: int) -> EncoderAmount:
+    """What a run of `recipe` computes on with an encoder of `context`."""
+    return encoders.amount(context, ROWS[recipe.evaluate], REPEATS[recipe.evaluate])
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ LIBRARIES = ("lightship", "openvino", "openvino-genai", "nncf", "onnxruntime", "
              "tokenizers", "numpy")  # fmt: skip
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 GB = 1e9
+UNLIMITED = 2**62  # bytes: cgroup v1 writes "no limit" as the largest number of whole pages
 
 
 def versions() -> dict[str, str]:
@@ -71,15 +72,28 @@ def _gb(size: int | None) -> float | None:
     return None if size is None else round(size / GB, 1)
 
 
-def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores that the control group grants (`cpu.max`, cgroup v2), None where it sets no limit."""
+def cpu_quota(groups: Sequence[Path] | None = None) -> float | None:
+    """Cores that the tightest of the control `groups` (default: this process's own) grants, by `cpu.max` of cgroup v2
+    or `cpu.cfs_quota_us` of v1; None where none sets a limit."""
+    return min(filter(None, map(_cores, own_groups() if groups is None else groups)), default=None)
+
+
+def _cores(group: Path) -> float | None:
     granted, _, period = _content(group / "cpu.max").partition(" ")
+    if not granted:
+        granted, period = _content(group / "cpu.cfs_quota_us"), _content(group / "cpu.cfs_period_us")
     return int(granted) / int(period) if granted.isdigit() and period.strip().isdigit() else None
 
 
-def memory_limit(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that the control group grants (`memory.max`, cgroup v2), None where it sets no limit."""
-    return _number(group / "memory.max")
+def memory_limit(groups: Sequence[Path] | None = None) -> int | None:
+    """Bytes that the tightest of the control `groups` (default: this process's own) grants, by `memory.max` of cgroup
+    v2 or `memory.limit_in_bytes` of v1; None where none sets a limit."""
+    return min(filter(None, map(_limit, own_groups() if groups is None else groups)), default=None)
+
+
+def _limit(group: Path) -> int | None:
+    limit = _number(group, "memory.max", "memory.limit_in_bytes")
+    return None if limit is None or limit >= UNLIMITED else limit
 
 
 def memory_available(groups: Sequence[Path] | None = None) -> int:
@@ -89,30 +103,38 @@ def memory_available(groups: Sequence[Path] | None = None) -> int:
 
     available = int(psutil.virtual_memory().available)
     for group in own_groups() if groups is None else groups:
-        limit, used = memory_limit(group), _number(group / "memory.current")
+        limit, used = _limit(group), _number(group, "memory.current", "memory.usage_in_bytes")
         if limit is not None and used is not None:
             kept = dict(line.split() for line in _content(group / "memory.stat").splitlines())
-            available = min(available, max(limit - used + int(kept.get("inactive_file", 0)), 0))
+            files = int(kept.get("total_inactive_file", kept.get("inactive_file", 0)))  # v1 counts its children apart
+            available = min(available, max(limit - used + files, 0))
     return available
 
 
 def own_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """The control groups (v2) that this process is in, from its own outwards; each can set a limit."""
-    inside = next((line[3:] for line in _content(own).splitlines() if line.startswith("0::")), "/")
-    group = root / inside.lstrip("/")
-    return [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
+    """The control groups that this process is in, each hierarchy (v2; memory and cpu of v1) from its own outwards; each
+    can set a limit. In a container the inner ones may not be there, the outermost is the container's own."""
+    found = []
+    for line in _content(own).splitlines():
+        number, controllers, inside = line.split(":", 2)
+        mounted = [root / name for name in ("memory", "cpu") if name in controllers.split(",")]
+        for top in [root] if number == "0" else mounted:
+            group = top / inside.lstrip("/")
+            found += [group, *(parent for parent in group.parents if parent.is_relative_to(top))]
+    return list(dict.fromkeys([*found, root]))
 
 
-def _number(path: Path) -> int | None:
-    text = _content(path)
-    return int(text) if text.isdigit() else None
+def _number(group: Path, *files: str) -> int | None:
+    """What the first of `files` that holds a number says."""
+    texts = (_content(group / name) for name in files)
+    return next((int(text) for text in texts if text.isdigit()), None)
 
 
 def _content(path: Path) -> str:
     try:
         return path.read_text().strip()
     except OSError:
-        return ""  # not Linux, or no cgroup v2
+        return ""  # not Linux, or another version of cgroups
 
 
 def memory_bandwidth(size: int = 128 * 2**20, repeats: int = 5) -> float:

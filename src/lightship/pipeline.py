@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from lightship import decoder_pipeline, encoder_pipeline
+from lightship import costs, decoder_pipeline, encoder_costs, encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle
 from lightship.checkpoint import read_json, write_json
+from lightship.costs import Costs, Rates
 from lightship.decoder_pipeline import CONVERT, STAGES, TARGET
+from lightship.encoder_costs import EncoderShape
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import memory
 from lightship.evaluation.text import amount
@@ -49,9 +51,9 @@ def ship(
     """
     check_out(out, recipe, force, MANIFEST)
     asked = settled(recipe, progress)
-    _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
+    times = _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
     with scratch(out) as folder:
-        work = Work(folder / "run", asked.stages(), progress)
+        work = Work(folder / "run", asked.stages(), progress, times)
         return _seal(asked.recipe, work, _built(asked, work), out, folder)
 
 
@@ -66,8 +68,8 @@ def run(
     out, place = Path(recipe.out or f"bundles/{recipe.label}"), runs / recipe.label
     check_out(out, recipe, True, MANIFEST)
     asked = settled(recipe, progress)
-    _tell(asked.plan(asked.stages(), out, place, _finished(asked, place, out)), progress, ignore_shortage)
-    work = Work(place, asked.stages(), progress)
+    planned = asked.plan(asked.stages(), out, place, _finished(asked, place, out))
+    work = Work(place, asked.stages(), progress, _tell(planned, progress, ignore_shortage))
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / MADE
     with scratch(out) as folder:
@@ -120,11 +122,19 @@ class Settled:
         """The stages of the run; of an encoder only the first target is converted."""
         if self.encoders:
             return encoder_pipeline.stages(self.encoders[:1] if convert else self.encoders, convert)
-        return CONVERT if convert else tuple(STAGES)
+        return CONVERT if convert else STAGES
 
     def plan(self, stages: Sequence[str], out: Path, work: Path | None = None, done: Sequence[str] = ()) -> Plan:
         """What the run would need."""
-        return plan(self.recipe, self.seen, amount, stages, out, work, done)
+        return plan(self.recipe, self.seen, self._costs, stages, out, work, done)
+
+    def _costs(self, rates: Rates) -> Costs:
+        recipe, shape = self.recipe, self.seen.shape
+        if isinstance(shape, EncoderShape):
+            count = encoder_pipeline.amount(recipe, shape.context)
+            return encoder_costs.predict(shape, recipe.precision, count, rates, self.encoders)
+        assert shape is not None  # else nothing is asked
+        return costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates)
 
 
 def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) -> Settled:
@@ -185,29 +195,34 @@ def plan_run(recipe: Recipe, *, runs: Path = Path("runs")) -> Plan:
     return asked.plan(asked.stages(), out, folder, _finished(asked, folder, out))
 
 
-def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> None:
+def _tell(planned: Plan, progress: Progress, ignore_shortage: bool) -> dict[str, float]:
+    """Say what the run will need; returns the seconds of its stages."""
     if not ignore_shortage:
         planned.check()
     progress(planned.said())
+    return planned.times
 
 
 def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
-    """The stages of a decoder's earlier run that would be found again; all of them when its bundle is up to date."""
-    recipe, seen = asked.recipe, asked.seen
-    if seen.shape is None or not any(folder.glob(f"*/{DONE}")):
+    """The stages of an earlier run that would be found again; all of them when its bundle is up to date."""
+    recipe, seen, names = asked.recipe, asked.seen, asked.stages()
+    if seen.file is None or not any(folder.glob(f"*/{DONE}")):
         return ()
-    survey = Survey(folder, tuple(STAGES), silent, needed=("read",))
+    survey = Survey(folder, names, silent, needed=("read",))
     here = recipe
     if seen.file is not None and seen.config is not None:  # of a hub model the copy in the cache: nothing is fetched
         here = recipe.model_copy(update={"source": str(seen.file.parent), "revision": None})
     try:
-        built = decoder_pipeline.stages(here, survey)
+        if asked.encoders:
+            built: Built = encoder_pipeline.build(here, survey, asked.encoders)
+        else:
+            built = decoder_pipeline.stages(here, survey)
     except NotMade:
         return ()
     made = folder / MADE
-    packed = made.is_file() and (out / MANIFEST).is_file()
+    packed = built.evaluated.found and made.is_file() and (out / MANIFEST).is_file()
     if packed and read_json(made) == {"inputs": _inputs(recipe, built), "bundle": Bundle.open(out).digest}:
-        return tuple(STAGES)
+        return names
     return survey.found
 
 
@@ -256,9 +271,9 @@ def convert(
     check_out(out, recipe, force, "engine.json")
     asked = settled(recipe, progress)
     recipe, encoders, names = asked.recipe, asked.encoders, asked.stages(convert=True)
-    _tell(asked.plan(names, out), progress, ignore_shortage)
+    times = _tell(asked.plan(names, out), progress, ignore_shortage)
     with scratch(out) as folder:
-        work = Work(folder / "run", names, progress)
+        work = Work(folder / "run", names, progress, times)
         if encoders:
             runtime = encoder_pipeline.gated(recipe, work, encoders[:1]).runtime(encoders[0])
         else:

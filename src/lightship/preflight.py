@@ -17,7 +17,9 @@ from typing import Any
 
 from lightship import costs
 from lightship.checkpoint import Checkpoint, check_config, context_length, require, safetensors_header
-from lightship.costs import Cost, Shape
+from lightship.costs import Cost, Costs, Rates, Shape
+from lightship.encoder import context_of
+from lightship.encoder_costs import EncoderShape
 from lightship.errors import UnsupportedError
 from lightship.find import find
 from lightship.kind import kind_of
@@ -26,8 +28,10 @@ from lightship.recipe import Recipe
 
 ALWAYS = ("torch", "transformers", "safetensors")  # the original is computed with them, whatever the target
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+WIDTH_KEYS = ("hidden_size", "dim")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-MEASURED = "openvino"  # the target that `costs` was fitted to
+LONGEST = 512  # tokens of context up to which encoders were measured: attention grows with the square
+MEASURED = ("openvino", "onnx")  # the targets that `costs` and `encoder_costs` were fitted to
 CLOSE = 0.9  # a need above this share of what is free is said
 
 
@@ -41,7 +45,7 @@ class Seen:
 
     file: Path | None = None
     config: Mapping[str, Any] | None = None
-    shape: Shape | None = None
+    shape: Shape | EncoderShape | None = None
     reason: str = ""
 
 
@@ -49,25 +53,36 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
     """What configuration and safetensors headers of a checkpoint tell. Raises `SourceError` where they are damaged."""
     config, files = checkpoint.config, checkpoint.weight_files
     largest = max(files, key=lambda path: path.stat().st_size)
-    layers = next((config[key] for key in LAYER_KEYS if isinstance(config.get(key), int)), None)
+    layers = _first(config, LAYER_KEYS)
     vocabulary, context = config.get("vocab_size"), context_length(config)
     shapes = [entry["shape"] for path in files for entry in safetensors_header(path).values()]
     tables = [_product(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary]
     if any(config.get(key) for key in EXPERT_KEYS):
         return Seen(largest, config, reason="mixtures of experts have not been measured")
-    if kind_of(config) != "decoder":
-        return Seen(largest, config, reason=f"{_classes(config)} has not been measured, only decoder language models")
+    if config.get("num_hidden_groups"):
+        return Seen(largest, config, reason="layers that share their weights have not been measured")
     if layers is None or vocabulary is None or context is None or not tables:
         return Seen(largest, config, reason="config.json does not give layers, context and a vocabulary as the weights")
+    name, parameters = str(config.get("model_type")), sum(map(_product, shapes))
     width = 2 if checkpoint.dtype in ("float16", "bfloat16") else 4
-    return Seen(largest, config, Shape(
-        str(config.get("model_type")), layers, sum(map(_product, shapes)), tables[0], len(tables) == 1, vocabulary,
-        context, width, checkpoint.weight_bytes, _size(checkpoint.folder / "tokenizer.json"),
-    ))  # fmt: skip
+    size, tokenizer = checkpoint.weight_bytes, _size(checkpoint.folder / "tokenizer.json")
+    shape: Shape | EncoderShape
+    if kind_of(config) == "decoder":
+        tied = len(tables) == 1
+        shape = Shape(name, layers, parameters, tables[0], tied, vocabulary, context, width, size, tokenizer)
+    else:
+        hidden = _first(config, WIDTH_KEYS)
+        if hidden is None:
+            return Seen(largest, config, reason="config.json does not give the width of a layer")
+        limit = context_of(checkpoint)
+        if limit > LONGEST:
+            return Seen(largest, config, reason=f"encoders of more than {LONGEST} tokens have not been measured")
+        shape = EncoderShape(name, layers, parameters, tables[0], hidden, limit, width, size, tokenizer)
+    return Seen(largest, config, shape)
 
 
-def _classes(config: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, config.get("architectures") or ())) or str(config.get("model_type"))
+def _first(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -195,6 +210,13 @@ class Plan:
         """Bytes of what appears at `out`: what the last stage that keeps anything made."""
         return next((step.cost.kept for step in reversed(self.steps) if step.cost and step.cost.kept), 0.0)
 
+    @property
+    def times(self) -> dict[str, float]:
+        """Stage → the seconds it will take, none where it is done; empty when not every stage is predicted."""
+        if not self.predicted:
+            return {}
+        return {step.name: step.cost.seconds if step.cost and not step.done else 0.0 for step in self.steps}
+
     def shortages(self) -> Iterator[tuple[bool, str]]:
         """What there is too little of, or nearly: (too little, sentence)."""
         needs = [(self.memory, memory_available(), "memory, {} available")]
@@ -251,7 +273,7 @@ class Plan:
 def plan(
     recipe: Recipe,
     seen: Seen,
-    amount: Callable[[Recipe, int], costs.Amount],
+    predict: Callable[[Rates], Costs],
     names: Sequence[str],
     out: Path,
     work: Path | None = None,
@@ -259,17 +281,16 @@ def plan(
 ) -> Plan:
     """The stages `names` of `recipe`, those that are `done` marked, with what each costs on this machine.
 
-    `amount(recipe, context)` counts the tokens. `work`: the folder of the stages, by default a hidden one beside `out`.
-    What has not been measured is not predicted.
+    `predict(rates)`: what the stages of the `shape` that was seen cost. `work`: the folder of the stages, by default a
+    hidden one beside `out`. What has not been measured is not predicted.
     """
-    shape, reason, known = seen.shape, seen.reason, costs.Costs()
-    if shape is not None and recipe.target != MEASURED:
-        shape, reason = None, f"the target {recipe.target} has not been measured"
-    elif shape is not None and recipe.precision.gptq:
-        shape, reason = None, "gptq has not been measured"
-    if shape is not None:
-        rates = costs.rates(seen.file, recipe.precision.arithmetic)
-        known = costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates)
+    reason, known = seen.reason, Costs()
+    if seen.shape is not None and recipe.target not in (None, *MEASURED):
+        reason = f"the target {recipe.target} has not been measured"
+    elif seen.shape is not None and recipe.precision.gptq:
+        reason = "gptq has not been measured"
+    elif seen.shape is not None:
+        known = predict(costs.rates(seen.file, recipe.precision.arithmetic))
     steps = tuple(Step(name, name in done, known.get(name)) for name in names)
     return Plan(steps, work or out.parent / f".{out.name}.partial", out, reason)
 

@@ -37,21 +37,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """The stages of one run in `folder`; `names` are all that it has, in order."""
+    """The stages of one run in `folder`; `names` are all that it has, in order, `seconds` what each is predicted to
+    take, empty where that is not known."""
 
     folder: Path
     names: Sequence[str]
     progress: Progress
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def say(self, line: str) -> None:
         """Report a line of detail."""
         self.progress(f"      {line}")
 
     def announce(self, name: str) -> int:
-        """Say that stage `name` begins; returns its number."""
-        number = self.names.index(name) + 1
-        self.progress(f"[{number}/{len(self.names)}] {name}")
-        return number
+        """Say that stage `name` begins, and which share of the predicted time lies before it; returns its number."""
+        before = self.names.index(name)
+        whole = sum(self.seconds.values())
+        share = f", {sum(self.seconds[each] for each in self.names[:before]) / whole:.0%}" if whole else ""
+        self.progress(f"[{before + 1}/{len(self.names)}{share}] {name}")
+        return before + 1
 
     def stage(
         self,

@@ -1,13 +1,12 @@
 """What people see while a run goes on."""
 
 from lightship.cli.display import Bar
-from lightship.decoder_pipeline import CONVERT, STAGES
 
 
-def bar_at(shares, *moments):
+def bar_at(*moments):
     """The bar's text after each (seconds since the start, line)."""
     now = [0.0]
-    bar = Bar(shares, clock=lambda: now[0])
+    bar = Bar(clock=lambda: now[0])
     for second, line in moments:
         now[0] = second
         if line:
@@ -15,17 +14,12 @@ def bar_at(shares, *moments):
     return bar.text()
 
 
-def test_eta_follows_the_shares():
-    shares = {"read": 10, "export": 30, "evaluate": 60}
-    assert bar_at(shares, (0, "[1/3] read"), (5, "")) == "[1/3] read   0%   0:05"  # nothing known yet
-    assert bar_at(shares, (0, "[1/3] read"), (20, "[2/3] export")) == "[2/3] export   10%   0:20, about 3:00 left"
-    assert bar_at(shares, (80, "[3/3] evaluate"), (100, "")) == "[3/3] evaluate   40%   1:40, about 1:40 left"
-    assert bar_at(shares, (80, "[3/3] evaluate"), (900, "")).endswith("about 0:00 left")  # never negative
+def test_eta_follows_the_predicted_shares():
+    assert bar_at((0, "[1/3, 0%] read"), (5, "")) == "[1/3] read   0%   0:05"  # nothing known yet
+    assert bar_at((0, "[1/3, 0%] read"), (20, "[2/3, 10%] export")) == "[2/3] export   10%   0:20, about 3:00 left"
+    assert bar_at((80, "[3/3, 40%] evaluate"), (100, "")) == "[3/3] evaluate   40%   1:40, about 1:40 left"
+    assert bar_at((80, "[3/3, 40%] evaluate"), (900, "")).endswith("about 0:00 left")  # never negative
 
 
-def test_unknown_stages_count_equally():
-    assert bar_at({}, (30, "[3/4] speed and memory")) == "[3/4] speed and memory   50%   0:30, about 0:30 left"
-
-
-def test_every_stage_has_a_share():
-    assert sum(STAGES.values()) == 100 and set(CONVERT) < set(STAGES)
+def test_without_a_prediction_stages_count_equally():
+    assert bar_at((30, "[3/4] speed and memory")) == "[3/4] speed and memory   50%   0:30, about 0:30 left"

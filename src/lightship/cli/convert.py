@@ -19,7 +19,6 @@ def command(
     source: str, out: str | None, force: bool, as_json: bool, dry_run: bool, ignore_shortage: bool, **given: Any
 ) -> None:
     """Convert SOURCE to a gated runtime folder."""
-    from lightship.decoder_pipeline import CONVERT, STAGES
     from lightship.pipeline import convert, plan_convert
 
     recipe = recipe_of(source, **given)
@@ -27,6 +26,6 @@ def command(
     if dry_run:
         show_plan(plan_convert(recipe, folder, force=force), as_json)
         return
-    with stages({name: STAGES[name] for name in CONVERT}) as progress:
+    with stages() as progress:
         convert(recipe, folder, force=force, progress=progress, ignore_shortage=ignore_shortage)
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"runtime folder: {folder}")

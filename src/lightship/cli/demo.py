@@ -18,7 +18,6 @@ QUESTION = "In one sentence, what does a lighthouse do?"
 def command(once: bool, port: int, out: str) -> None:
     """Ship SmolLM2-135M-Instruct to int8, serve it on 127.0.0.1 and ask it a question."""
     from lightship.bundle import Bundle
-    from lightship.decoder_pipeline import STAGES
     from lightship.errors import BundleError, UsageError
     from lightship.pipeline import ship
     from lightship.recipe import Recipe
@@ -30,7 +29,7 @@ def command(once: bool, port: int, out: str) -> None:
         bundle = Bundle.open(out)
         click.echo(f"using the bundle that lies in {out}", err=True)
     except (BundleError, UsageError):  # damaged, or not there yet
-        with stages(STAGES) as progress:
+        with stages() as progress:
             bundle = ship(Recipe(source="demo"), Path(out), force=True, progress=progress)
     with running(bundle, port=port) as url:
         click.echo(f"\n{bundle.report.short().to_markdown(methods=False)}")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -20,12 +20,9 @@ Listener = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def stages(shares: Mapping[str, float] | None = None) -> Iterator[Listener]:
-    """A listener for a pipeline's progress lines; a line such as `[2/9] export` opens a stage.
-
-    `shares`: what each stage usually takes of the whole, in any unit; equal where it is not known.
-    """
-    with _live(shares or {}) if sys.stderr.isatty() else _plain() as listener:
+def stages() -> Iterator[Listener]:
+    """A listener for a pipeline's progress lines; a line such as `[3/9, 16%] export` opens a stage."""
+    with _live() if sys.stderr.isatty() else _plain() as listener:
         yield listener
 
 
@@ -36,11 +33,11 @@ def _plain() -> Iterator[Listener]:
 
 
 @contextlib.contextmanager
-def _live(shares: Mapping[str, float]) -> Iterator[Listener]:
+def _live() -> Iterator[Listener]:
     from rich.console import Console
     from rich.live import Live
 
-    bar = Bar(shares)
+    bar = Bar()
     console = Console(stderr=True, highlight=False)
     with Live(console=console, get_renderable=bar.render, refresh_per_second=4, transient=True):
 
@@ -53,28 +50,24 @@ def _live(shares: Mapping[str, float]) -> Iterator[Listener]:
 
 
 class Bar:
-    """One line: stage, share done, elapsed, ETA. The ETA is the elapsed time scaled by the shares still to come."""
+    """One line: stage, share done, elapsed, ETA. The ETA is the elapsed time scaled by the share still to come."""
 
-    def __init__(self, shares: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
-        self._shares, self._clock = shares, clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._began = clock()
         self._line = "starting"
         self._done = 0.0  # share before the stage that runs
         self._whole: float | None = None  # seconds the run will take, by what has passed
 
     def open(self, line: str) -> None:
-        """A stage begins: `[number/of] name`."""
-        number, of = (int(part) for part in line[1 : line.index("]")].split("/"))
-        self._line = line
-        self._done = self._share(line[line.index("]") + 2 :], number, of)
+        """A stage begins: `[number/of, share] name`; where no share is predicted all stages count equally."""
+        inside, _, name = line[1:].partition("] ")
+        place, _, share = inside.partition(", ")
+        number, of = map(int, place.split("/"))
+        self._line = f"[{place}] {name}"
+        self._done = int(share.removesuffix("%")) / 100 if share else (number - 1) / of
         elapsed = self._clock() - self._began
         self._whole = elapsed / self._done if self._done > 0 else None
-
-    def _share(self, name: str, number: int, of: int) -> float:
-        names: Sequence[str] = tuple(self._shares)
-        if name in names and of == len(names):
-            return sum(self._shares[each] for each in names[: names.index(name)]) / sum(self._shares.values())
-        return (number - 1) / of
 
     def text(self) -> str:
         """`[3/9] export   16 %   0:45, about 3:20 left`."""

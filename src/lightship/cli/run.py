@@ -18,7 +18,6 @@ from lightship.cli.options import preflight_options
 @preflight_options
 def command(recipe: str, runs: str, as_json: bool, dry_run: bool, ignore_shortage: bool) -> None:
     """Build the bundle that the YAML file RECIPE describes."""
-    from lightship.decoder_pipeline import STAGES
     from lightship.pipeline import plan_run, run
     from lightship.recipe import read_recipe
 
@@ -26,7 +25,7 @@ def command(recipe: str, runs: str, as_json: bool, dry_run: bool, ignore_shortag
     if dry_run:
         show_plan(plan_run(asked, runs=Path(runs)), as_json)
         return
-    with stages(STAGES) as progress:
+    with stages() as progress:
         bundle = run(asked, runs=Path(runs), progress=progress, ignore_shortage=ignore_shortage)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.folder), "digest": bundle.digest}))

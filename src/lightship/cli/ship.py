@@ -20,7 +20,6 @@ def command(
     source: str, out: str | None, force: bool, as_json: bool, dry_run: bool, ignore_shortage: bool, **given: Any
 ) -> None:
     """Ship SOURCE (a folder, a .gguf file, a hub id, or `demo`) as a measured bundle."""
-    from lightship.decoder_pipeline import STAGES
     from lightship.pipeline import plan_ship, ship
 
     recipe = recipe_of(source, **given)
@@ -28,7 +27,7 @@ def command(
     if dry_run:
         show_plan(plan_ship(recipe, folder, force=force), as_json)
         return
-    with stages(STAGES) as progress:
+    with stages() as progress:
         bundle = ship(recipe, folder, force=force, progress=progress, ignore_shortage=ignore_shortage)
     if as_json:
         click.echo(json.dumps({"bundle": str(folder), "digest": bundle.digest, "report": bundle.report.to_dict()}))

@@ -20,10 +20,12 @@ from tokenizers import Tokenizer
 
 from lightship.calibration import Text, paragraphs
 from lightship.encoder import Encoder, Padded, Row, row_of
+from lightship.encoder_costs import EncoderAmount
 from lightship.engine import EncoderEngine
 from lightship.errors import LightshipError, LimitExceeded, UsageError
 from lightship.evaluation.parity import above
 from lightship.evaluation.perplexity import mean_stderr
+from lightship.evaluation.speed import BATCHES, SEQUENCE, SINGLES
 from lightship.report import Metric
 
 Floats = npt.NDArray[np.float32]
@@ -31,6 +33,7 @@ LENGTHS = (3, 5, 9, 16, 23, 32, 48, 64, 128)  # tokens of a row, in turn
 GATE_ROWS, BATCH = 24, 8
 LONGEST = 2048  # tokens of the gate's longest row; attention needs memory for the square of it
 QUESTION = 12  # words
+PADDED = 50  # tokens of a row once padded, on average: most paragraphs are shorter than the length asked for
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def gate_rows(encoder: Encoder, text: Text) -> Rows:
     """Rows for the gates: the shortest there are, many lengths, and one at the full context (`LONGEST` at most)."""
     found = score_rows(encoder, text, GATE_ROWS)
     body = "\n\n".join(document.text for document in text.split()[1].documents)
-    full = _row(encoder, body, min(encoder.context, LONGEST))
+    full = _row(encoder, _copy(encoder), body, min(encoder.context, LONGEST))
     empty = row_of(encoder.tokenizer.encode("", "" if encoder.kind == "qa" else None))
     single = Row(full.ids[:1], full.types[:1])
     return Rows((*found.rows, full, single, *([empty] if len(empty) else [])), found.digest)
@@ -65,19 +68,42 @@ def score_rows(encoder: Encoder, text: Text, count: int) -> Rows:
     """Up to `count` rows from the documents that never calibrate, one paragraph each, of the lengths in `LENGTHS`."""
     scoring = text.split()[1]
     rows: list[Row] = []
+    tokenizer = _copy(encoder)
     for paragraph in (each for document in scoring.documents for each in paragraphs(document.text)):
         if len(rows) == count:
             break
-        rows.append(_row(encoder, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context)))
+        rows.append(_row(encoder, tokenizer, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context)))
     if not rows:
         raise UsageError(f"{text.name} is too short: no paragraph of it is left to score on", hint="use a longer text")
     return Rows(tuple(rows), text.digest)
 
 
-def _row(encoder: Encoder, text: str, length: int) -> Row:
-    """`text` as a row of at most `length` tokens, special ones included; for extractive QA as question and context."""
+def amount(context: int, scored: int, repeats: int) -> EncoderAmount:
+    """What is computed on with an encoder of `context`: the gate's rows, `scored` rows, and speed `repeats` times."""
+    longest, usual, sequence = min(context, LONGEST), min(context, PADDED), min(context, SEQUENCE)
+    calls = [SINGLES if size == 1 else 1 for size in BATCHES]
+    return EncoderAmount(
+        gate=GATE_ROWS * usual + 3 * longest,
+        gate_calls=GATE_ROWS // BATCH + 1,
+        score=scored * usual,
+        score_calls=-(-scored // BATCH),
+        widest=max(3 * longest, BATCH * min(context, max(LENGTHS))),
+        longest=longest,
+        speed=(repeats + 1) * sum(size * each for size, each in zip(BATCHES, calls, strict=True)) * sequence,
+        speed_calls=(repeats + 1) * sum(calls),
+        speed_widest=max(BATCHES) * sequence,
+    )
+
+
+def _copy(encoder: Encoder) -> Tokenizer:
+    """The encoder's tokenizer, to be changed; making it takes a second where the vocabulary is large."""
+    return Tokenizer.from_str(encoder.tokenizer.to_str())
+
+
+def _row(encoder: Encoder, tokenizer: Tokenizer, text: str, length: int) -> Row:
+    """`text` as a row of at most `length` tokens, special ones included; for extractive QA as question and context. Of
+    `tokenizer`, a copy of the encoder's, the truncation is changed."""
     pair = encoder.kind == "qa"
-    tokenizer = Tokenizer.from_str(encoder.tokenizer.to_str())
     longest = max(length, tokenizer.num_special_tokens_to_add(pair) + 2 * (1 + pair))
     tokenizer.enable_truncation(min(longest, encoder.context))
     text = text.lower() if encoder.lower else text

@@ -69,6 +69,7 @@ def measure(
 
 BATCHES = (1, 32)
 SEQUENCE = 48  # tokens
+SINGLES = 16  # calls of a repeat at batch 1
 
 
 def measure_encoder(
@@ -84,7 +85,7 @@ def measure_encoder(
     found = [Metric("load", loaded, "s", 1, None, "lower", None, "open() once, files probably in the page cache")]
     length, random = min(SEQUENCE, context), np.random.default_rng(0)
     for size in BATCHES:
-        calls, speeds = 16 if size == 1 else 1, []
+        calls, speeds = SINGLES if size == 1 else 1, []
         for repeat in range(repeats + 1):
             ids = random.integers(0, vocabulary, (calls, size, length))
             mask, types = np.ones((size, length), np.int64), np.zeros((size, length), np.int64)
