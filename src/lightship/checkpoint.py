@@ -245,7 +245,7 @@ class Checkpoint:
         """
         total = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            makes = path.suffix in (".json", ".safetensors", ".jinja", ".model") and path.name != "lineage.json"
+            makes = path.suffix in (".json", ".safetensors", ".jinja", ".model", ".spm") and path.name != "lineage.json"
             if makes and path.is_file():
                 with path.open("rb") as file:
                     total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

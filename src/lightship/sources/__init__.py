@@ -163,7 +163,10 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _folder_kind(folder: Path) -> str:
-    return "adapter" if find("sources", "adapter").alone(folder) else "huggingface"
+    for kind, fits in (("adapter", find("sources", "adapter").alone), ("marian", find("sources", "marian").is_marian)):
+        if fits(folder):
+            return kind
+    return "huggingface"
 
 
 def _kind(path: Path) -> str:

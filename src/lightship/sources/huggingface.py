@@ -13,7 +13,7 @@ from lightship.preflight import Seen, seen_in
 from lightship.sources import pickle
 
 EXTRA = "build"
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.spm", "*.txt"]
 
 
 def read(source: str, folder: Path, log: Callable[[str], None]) -> Checkpoint:
