@@ -16,9 +16,11 @@ import numpy.typing as npt
 from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
+from lightship.kind import GENERATORS
 from lightship.recipe import Precision
 from lightship.sampling import choose, log_softmax
-from lightship.targets import _onnx_encoder
+from lightship.targets import _onnx_encoder, _onnx_seq2seq, _onnx_weights
+from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._tracing import tracing
 
 EXTRA = "build"
@@ -27,15 +29,9 @@ BATCHING = "none"  # one request at a time
 DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
 PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
 CAPACITY = "capacity"
+MADE = (GRAPH, DATA, *_onnx_seq2seq.GRAPHS, _onnx_seq2seq.WEIGHTS)  # by `export` and `quantise`
 PLAIN = ("input_ids", "attention_mask", "position_ids", KEEP)
-GROUPS = (16, 32, 64, 128, 256)  # sizes that MatMulNBits knows
-INT8_GROUP = 64  # weights that share a scale in int8; in int4 the recipe says
 ROOM = 256  # tokens that the buffers of keys and values begin with
-CHUNK = 2**22  # weights quantised at a time
-# `accuracy_level` of MatMulNBits: activations rounded to 8 bits in the same groups, or float32. `f32`
-# unpacks every matrix for every token, which is much slower.
-ACCURACY_LEVELS = {"auto": 4, "f32": 1}
-DOMAIN = "com.microsoft"
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -54,9 +50,9 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
                                hint="use --precision fp32, int8 or int4, or --target openvino")  # fmt: skip
     if precision.name != "int4":
         return precision, []
-    if precision.group_size not in GROUPS:
+    if precision.group_size not in _onnx_weights.GROUPS:
         raise UnsupportedError(f"ONNX Runtime has no kernels for groups of {precision.group_size} weights",
-                               hint=f"use a --group-size of {', '.join(map(str, GROUPS))}")  # fmt: skip
+                               hint=f"use a --group-size of {', '.join(map(str, _onnx_weights.GROUPS))}")  # fmt: skip
     if precision.gptq or precision.ratio < 1:
         raise UnsupportedError(
             f"{'gptq' if precision.gptq else 'a ratio below 1'} is not available for ONNX: weights are rounded to "
@@ -68,7 +64,7 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
     """Write `checkpoint` as one float32 graph: an encoder's with batch and length dynamic, a decoder's
-    for one sequence with past and new length dynamic.
+    for one sequence with past and new length dynamic. An encoder-decoder becomes two, see `_seq2seq`.
 
     A decoder's keys and values go in and out (`input.past_key_values…`, `output.past_key_values…`); an empty past is a
     prefill. Where both have the same length, `CAPACITY`, they are one buffer to which the new ones are appended.
@@ -80,6 +76,13 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     if dtype not in (None, "float32"):
         raise UnsupportedError(f"ONNX graphs are exported in float32, not {dtype}")
     folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.kind == "seq2seq":
+        models = _onnx_seq2seq.trace(checkpoint)
+        for model in models.values():
+            _forget(model)
+        _onnx_seq2seq.save(models, folder)
+        checkpoint.carry(folder)
+        return
     if checkpoint.kind != "decoder":
         model = _onnx_encoder.trace(checkpoint)
         checkpoint.carry_files(folder)
@@ -91,6 +94,11 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
         checkpoint.carry(folder)
     _forget(model)
     onnx_ir.save(model, folder / GRAPH, external_data=DATA)
+
+
+def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
+    """As `settle`, of an encoder-decoder."""
+    return settle(precision)
 
 
 def settle_encoder(precision: Precision) -> None:
@@ -194,7 +202,8 @@ def _append_in_place(graph: Any) -> None:
 
 def _measures_length(node: Any) -> bool:
     """Whether `node` gives how many tokens a cache (1, heads, tokens, width) holds."""
-    return node.op_type == "Shape" and (_number(node, "start", 0), _number(node, "end", 4)) == (2, 3)
+    start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
+    return node.op_type == "Shape" and (start, end) == (2, 3)
 
 
 def _forget(model: Any) -> None:
@@ -208,187 +217,32 @@ def _forget(model: Any) -> None:
 
 
 def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
-    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`; `calibration` is not used. For
-    encoders see `_onnx_encoder.quantise`; of decoders:
-
-    Symmetric, one float32 scale for a group of weights along the input. In int4, embedding and head take 8 bits unless
-    `precision.all_layers`. A matrix used twice, such as a tied table, is stored once.
-
-    This is not onnxruntime's own quantiser (`matmul_nbits_quantizer`): that one skips a tied head, stores its table a
-    second time, reads embeddings in 4 bits only, leaves `Gemm` alone (GPT-2) and turns on logging at import. The layout
-    and the rounding are the same, held by a test.
-    """
+    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for
+    decoders and encoder-decoders, `_onnx_encoder` for encoders. `calibration` is not used."""
     folder.mkdir(parents=True, exist_ok=True)
-    if Checkpoint(source).kind != "decoder":
+    kind = Checkpoint(source).kind
+    if kind == "seq2seq":
+        pair = {name: _onnx_weights.rounded(source / name, precision) for name in _onnx_seq2seq.GRAPHS}
+        _onnx_seq2seq.save(pair, folder)
+    elif kind != "decoder":
         _onnx_encoder.quantise(source / GRAPH, folder / GRAPH, DATA)
     else:
-        _round(source, folder, precision)
+        _onnx_weights.quantise(source / GRAPH, folder / GRAPH, DATA, precision)
     for path in sorted(source.rglob("*")):
-        if path.is_file() and path.name not in (GRAPH, DATA):
+        if path.is_file() and path.name not in MADE:
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-
-
-def _round(source: Path, folder: Path, precision: Precision) -> None:
-    """The matrices of a decoder's graph, to nearest."""
-    import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    model = onnx_ir.load(source / GRAPH)
-    uses = list(_matrix_uses(model.graph))
-    outer = {use.weight.name for use in uses if use.gathers} | {uses[-1].weight.name}  # embeddings, and the head
-    stored: dict[tuple[str, bool], tuple[Any, Any, int]] = {}
-    for use in uses:
-        key = (use.weight.name, use.rows_out)
-        if key not in stored:
-            bits = 4 if precision.name == "int4" and (precision.all_layers or use.weight.name not in outer) else 8
-            packed, scales = _store(model.graph, use, bits, _group(precision))
-            stored[key] = (packed, scales, bits)
-        _replace(model.graph, use, *stored[key], precision)
-    model.opset_imports[DOMAIN] = 1
-    RemoveUnusedNodesPass()(model)
-    onnx_ir.save(model, folder / GRAPH, external_data=DATA)
-
-
-@dataclass(frozen=True)
-class _Use:
-    """A node that multiplies by, or gathers from, a constant matrix. `rows_out`: the matrix is (outputs, inputs)."""
-
-    node: Any
-    weight: Any
-    rows_out: bool
-    gathers: bool
-
-
-def _matrix_uses(graph: Any) -> Iterator[_Use]:
-    """Every use of a constant matrix, in the order of the graph: the head comes last."""
-    for node in graph:
-        if node.op_type == "Gather" and _is_table(node.inputs[0]) and _number(node, "axis", 0) == 0:
-            yield _Use(node, node.inputs[0], True, True)
-        elif node.op_type == "MatMul":
-            made_by = node.inputs[1].producer()
-            if made_by is not None and made_by.op_type == "Transpose" and _is_matrix(made_by.inputs[0]):
-                yield _Use(node, made_by.inputs[0], True, False)
-            elif _is_matrix(node.inputs[1]):
-                yield _Use(node, node.inputs[1], False, False)
-        elif node.op_type in ("Gemm", "FusedMatMul") and _is_matrix(node.inputs[1]) and _is_affine(node):
-            yield _Use(node, node.inputs[1], _number(node, "transB", 0) == 1, False)
-
-
-def _is_matrix(value: Any) -> bool:
-    """Whether `value` is a constant float32 matrix."""
-    tensor = value.const_value if value is not None and value.is_initializer() else None
-    return tensor is not None and len(tensor.shape) == 2 and tensor.dtype.name == "FLOAT"
-
-
-def _is_table(value: Any) -> bool:
-    """Whether `value` is an embedding: tables that are computed, such as sines of positions, are no weights."""
-    return _is_matrix(value) and value.name.endswith("weight")
-
-
-def _is_affine(node: Any) -> bool:
-    """Whether `node` is input · weight + bias, nothing scaled, only the weight turned perhaps."""
-    turned = any(_number(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
-    return _number(node, "alpha", 1) == 1 and _number(node, "beta", 1) == 1 and not turned
-
-
-def _number(node: Any, name: str, default: float) -> float:
-    return node.attributes[name].value if name in node.attributes else default
-
-
-def _store(graph: Any, use: _Use, bits: int, block: int) -> tuple[Any, Any]:
-    """Register the quantised matrix of `use` and its scales as initializers."""
-    matrix = use.weight.const_value.numpy()
-    packed, scales = pack(matrix if use.rows_out else matrix.T, bits, block)
-    name = use.weight.name if use.rows_out else f"{use.weight.name}.turned"
-    return _register(graph, f"{name}.q{bits}", packed), _register(graph, f"{name}.scales", scales)
-
-
-def _register(graph: Any, name: str, array: npt.NDArray[Any]) -> Any:
-    """The initializer `name`, made of `array` when the graph has none of that name."""
-    import onnx_ir
-
-    if name not in graph.initializers:
-        tensor = onnx_ir.tensor(array, name=name)
-        kind = onnx_ir.TensorType(tensor.dtype)
-        graph.register_initializer(onnx_ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor))
-    return graph.initializers[name]
-
-
-def pack(matrix: Floats, bits: int, block: int) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Round `matrix` (outputs, inputs) to nearest in blocks of `block` inputs.
-
-    Returns the weights as MatMulNBits takes them, (outputs, blocks, block · bits / 8), two of 4 bits a byte, low half
-    first, offset by 2^(bits − 1); and the scales (outputs, blocks). A scale maps the value furthest from zero onto the
-    end of the range that has one more step. The last block is filled with zeros.
-    """
-    outputs, inputs = matrix.shape
-    blocks, half = -(-inputs // block), 2 ** (bits - 1)
-    packed = np.empty((outputs, blocks, block * bits // 8), np.uint8)
-    scales = np.empty((outputs, blocks), np.float32)
-    step = max(1, CHUNK // (blocks * block))
-    for start in range(0, outputs, step):
-        rows = np.zeros((min(step, outputs - start), blocks * block), np.float32)
-        rows[:, :inputs] = matrix[start : start + step]
-        rows = rows.reshape(-1, blocks, block)
-        furthest = np.take_along_axis(rows, np.abs(rows).argmax(-1)[..., None], -1)
-        scale = furthest / np.float32(-half)
-        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-        levels = np.clip(np.floor(rows * inverse + np.float32(half + 0.5)), 0, 2 * half - 1).astype(np.uint8)
-        packed[start : start + step] = levels if bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4)
-        scales[start : start + step] = scale[..., 0]
-    return packed, scales
-
-
-def _replace(graph: Any, use: _Use, packed: Any, scales: Any, bits: int, precision: Precision) -> None:
-    """Put the quantised product, or look-up, in the place of the node of `use`."""
-    import onnx_ir
-    from onnx_ir.convenience import replace_nodes_and_values
-
-    block = _group(precision)
-    outputs, inputs = use.weight.shape if use.rows_out else reversed(use.weight.shape)
-    if use.gathers:
-        nodes = _look_up(graph, use, packed, scales, bits, block)
-    else:
-        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
-        attributes["accuracy_level"] = ACCURACY_LEVELS[precision.arithmetic]
-        nodes = [onnx_ir.node("MatMulNBits", [use.node.inputs[0], packed, scales], attributes, domain=DOMAIN)]
-        if len(use.node.inputs) > 2 and use.node.inputs[2] is not None:  # the bias of a Gemm
-            nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], use.node.inputs[2]]))
-    replace_nodes_and_values(graph, use.node, [use.node], nodes, use.node.outputs, nodes[-1].outputs)
-
-
-def _look_up(graph: Any, use: _Use, packed: Any, scales: Any, bits: int, block: int) -> list[Any]:
-    """Nodes that gather rows from the table in the layout of MatMulNBits; what fills its last block is cut off."""
-    import onnx_ir
-
-    outputs, blocks, size = packed.shape
-    width = use.weight.shape[1]
-    flat = _register(graph, f"{packed.name}.flat", np.array([outputs, blocks * size]))
-    nodes = [onnx_ir.node("Reshape", [packed, flat])]
-    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": bits}
-    inputs = [nodes[-1].outputs[0], use.node.inputs[1], scales]
-    nodes.append(onnx_ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN))
-    if blocks * block > width:
-        ends = {"start": 0, "end": width, "axis": -1}
-        bounds = [_register(graph, f"{packed.name}.{name}", np.array([number])) for name, number in ends.items()]
-        nodes.append(onnx_ir.node("Slice", [nodes[-1].outputs[0], *bounds]))
-    return nodes
-
-
-def _group(precision: Precision) -> int:
-    """Weights that share a scale."""
-    return precision.group_size if precision.name == "int4" else INT8_GROUP
 
 
 def finish(folder: Path, precision: Precision) -> None:
     """Record in `engine.json` how the weights were made; there is nothing to choose when the folder is opened."""
     recorded: dict[str, Any] = {"precision": precision.name, "settings": {}, "weights": "float32"}
     if precision.name != "fp32":
-        recorded["weights"] = f"rounded to nearest, symmetric, one scale for {_group(precision)}, no calibration"
+        group = _onnx_weights.group(precision)
+        recorded["weights"] = f"rounded to nearest, symmetric, one scale for {group}, no calibration"
         recorded["activations"] = "8 bits" if precision.arithmetic == "auto" else "float32"
-    if precision.name == "int8" and Checkpoint(folder).kind != "decoder":
+    if precision.name == "int8" and Checkpoint(folder).kind not in GENERATORS:
         recorded["weights"] = "int8, symmetric, one scale per output channel"
         recorded["activations"] = "quantised as they come"
     (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
@@ -397,12 +251,12 @@ def finish(folder: Path, precision: Precision) -> None:
 # ── Runtime folder → Engine, Scorer ─────────────────────────────────────────
 
 
-def _session(folder: Path, settings: EngineSettings) -> Any:
-    """The graph of `folder` in ONNX Runtime. Raises `SourceError` when there is none."""
+def _session(path: Path, settings: EngineSettings) -> Any:
+    """The graph `path` in ONNX Runtime. Raises `SourceError` when there is none."""
     import onnxruntime
 
-    if not (folder / GRAPH).is_file():
-        raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
+    if not path.is_file():
+        raise SourceError(f"{path.parent} holds no {path.name}", hint="give a bundle's runtime folder")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.threads or 0
     options.inter_op_num_threads = 1
@@ -410,14 +264,21 @@ def _session(folder: Path, settings: EngineSettings) -> Any:
     # Its threads wait for one another by spinning, but not for the next token: they would keep every core busy.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class
-        raise EngineError(f"ONNX Runtime cannot load {folder / GRAPH}: {str(error)[:300]}") from error
+        raise EngineError(f"ONNX Runtime cannot load {path}: {str(error)[:300]}") from error
 
 
 def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _onnx_encoder.OnnxEncoder:
     """Load an encoder's `folder`. Raises `SourceError` when it holds no graph, or one of another kind."""
-    return _onnx_encoder.OnnxEncoder(_session(folder, settings or EngineSettings()), folder)
+    return _onnx_encoder.OnnxEncoder(_session(folder / GRAPH, settings or EngineSettings()), folder)
+
+
+def _pair(folder: Path, settings: EngineSettings) -> _onnx_seq2seq.OnnxPair | None:
+    """The graphs of an encoder-decoder, where `folder` holds one."""
+    if not (folder / _onnx_seq2seq.GRAPHS[0]).is_file():
+        return None
+    return _onnx_seq2seq.OnnxPair(folder, lambda path: _session(path, settings))
 
 
 @dataclass
@@ -434,7 +295,7 @@ class _Decoder:
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         import onnxruntime
 
-        self._session = _session(folder, settings)
+        self._session = _session(folder / GRAPH, settings)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         inputs = {node.name: node for node in self._session.get_inputs()}
         self._sizes = {name: node.shape for name, node in inputs.items() if name.startswith(PAST)}
@@ -506,9 +367,10 @@ class OnnxScorer:
             yield logits
 
 
-def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OnnxScorer:
+def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OnnxScorer | Seq2SeqScorer:
     """Load `folder` for scoring. Raises `SourceError` when it holds no graph."""
-    return OnnxScorer(folder, settings or EngineSettings())
+    pair = _pair(folder, settings or EngineSettings())
+    return OnnxScorer(folder, settings or EngineSettings()) if pair is None else Seq2SeqScorer(pair)
 
 
 @dataclass
@@ -628,6 +490,7 @@ def preload() -> None:
     import onnxruntime  # noqa: F401
 
 
-def open(folder: Path, settings: EngineSettings | None = None) -> OnnxEngine:
+def open(folder: Path, settings: EngineSettings | None = None) -> OnnxEngine | Seq2SeqEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
-    return OnnxEngine(folder, settings or EngineSettings())
+    pair = _pair(folder, settings or EngineSettings())
+    return OnnxEngine(folder, settings or EngineSettings()) if pair is None else Seq2SeqEngine(pair, folder)
