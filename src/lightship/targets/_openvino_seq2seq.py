@@ -53,6 +53,14 @@ def join(folder: Path) -> None:
             own.unlink()
 
 
+def read(folder: Path, name: str) -> Any:
+    """The `openvino.Model` of the graph `name` in `folder`, joined or not."""
+    import openvino as ov
+
+    joined = folder / WEIGHTS
+    return ov.Core().read_model(folder / name, joined if joined.is_file() else (folder / name).with_suffix(".bin"))
+
+
 def _place(content: bytes, file: BinaryIO, places: dict[tuple[str, int], int]) -> int:
     """Where `content` lies in `file`, written there when it does not."""
     key = (hashlib.sha256(content).hexdigest(), len(content))
@@ -71,9 +79,7 @@ class OpenVINOPair:
 
         core = ov.Core()
         try:
-            weights = folder / WEIGHTS if (folder / WEIGHTS).is_file() else None  # not joined before it is finished
-            graphs = [core.read_model(folder / name, weights or (folder / name).with_suffix(".bin")) for name in GRAPHS]
-            encoder, decoder = (core.compile_model(graph, "CPU", properties) for graph in graphs)
+            encoder, decoder = (core.compile_model(read(folder, name), "CPU", properties) for name in GRAPHS)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {folder}: {str(error).splitlines()[-1]}") from error
         self._encoder, self._decoder = encoder.create_infer_request(), decoder.create_infer_request()

@@ -194,12 +194,12 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
         graphs = [path.name for path in sorted(source.glob("*_model.xml"))]
         rows = [_graph_inputs(np.array([ids])) for ids in calibration]
         for name in graphs:
-            graph = ov.Core().read_model(source / name)
+            graph = _openvino_seq2seq.read(source, name)
             graph = _openvino_weights.compress(graph, precision, rows, decodes=Checkpoint(source).kind == "decoder")
             ov.save_model(graph, str(folder / name), compress_to_fp16=False)
             del graph
             gc.collect()
-    made = {name for graph in graphs for name in (graph, graph.replace(".xml", ".bin"))}
+    made = {name for graph in graphs for name in (graph, graph.replace(".xml", ".bin"), _openvino_seq2seq.WEIGHTS)}
     for path in sorted(source.rglob("*")):
         if path.is_file() and path.name not in made:
             copy = folder / path.relative_to(source)
