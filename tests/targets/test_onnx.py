@@ -408,6 +408,15 @@ def test_what_cannot_be_served_is_refused(engine, bundle, tmp_path):
         onnx.open(tmp_path)
 
 
+def test_the_cache_grows_up_to_its_budget(bundle):
+    """What does not fit the budget is refused by the engine; a scorer reads it all the same."""
+    decoder = onnx._Decoder(bundle.target_folder("onnx"), EngineSettings(kv_cache_gb=600 * 512 / 2**30))  # 600 tokens
+    past = decoder.empty()
+    for new, capacity in ((200, 256), (57, 512), (300, 600), (43, 600), (10, 610)):
+        decoder.read(np.full(new, 20), past)
+        assert {value.shape()[2] for value in past.values.values()} == {capacity}
+
+
 def test_it_opens_without_the_build_packages(bundle):
     code = f"""
 import sys

@@ -31,7 +31,7 @@ PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits
 CAPACITY = "capacity"
 MADE = (GRAPH, DATA, *_onnx_seq2seq.GRAPHS, _onnx_seq2seq.WEIGHTS)  # by `export` and `quantise`
 PLAIN = ("input_ids", "attention_mask", "position_ids", KEEP)
-ROOM = 256  # tokens that the buffers of keys and values begin with
+FIRST_ROOM = 256  # tokens that the buffers of keys and values begin with
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -301,7 +301,8 @@ class _Decoder:
         self._sizes = {name: node.shape for name, node in inputs.items() if name.startswith(PAST)}
         self._takes = [name for name in PLAIN if name in inputs]
         self._appends = all(size[2] == CAPACITY for size in self._sizes.values())
-        self.bytes_per_token = sum(4 * size[1] * size[3] for size in self._sizes.values())
+        bytes_per_token = sum(4 * size[1] * size[3] for size in self._sizes.values())
+        self.room = int(settings.kv_cache_gb * 2**30 / max(bytes_per_token, 1))  # tokens
         self.vocabulary: int = next(made.shape[-1] for made in self._session.get_outputs() if made.name == "logits")
 
     def empty(self) -> _Past:
@@ -336,11 +337,13 @@ class _Decoder:
         return found
 
     def _make_room(self, past: _Past, total: int) -> None:
-        """Move `past` into buffers of twice the size when `total` tokens do not fit into those that it has."""
+        """Move `past` into buffers of twice the size, at most of the whole `room`, when `total` tokens do not fit into
+        those that it has."""
         for name, value in past.values.items():
             _, heads, capacity, width = value.shape()
             if capacity < total:
-                buffer = np.zeros((1, heads, max(total, 2 * capacity, ROOM), width), np.float32)
+                capacity = max(total, min(max(2 * capacity, FIRST_ROOM), self.room))
+                buffer = np.zeros((1, heads, capacity, width), np.float32)
                 buffer[:, :, : past.length] = value.numpy()[:, :, : past.length]
                 past.values[name] = self._value(buffer)
 
@@ -397,7 +400,6 @@ class OnnxEngine:
         self.eos_token_ids = checkpoint.eos_token_ids
         self._decoder = _Decoder(folder, settings)
         self._chunk = settings.max_batched_tokens
-        self._room = int(settings.kv_cache_gb * 2**30 / max(self._decoder.bytes_per_token, 1))
         self._waiting: deque[_Request] = deque()
         self._running: _Request | None = None
         self._next_id = 0
@@ -416,8 +418,8 @@ class OnnxEngine:
             raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", "prompt", "invalid_token_id")
         if len(tokens) + new > self.context:
             raise ContextTooLong(f"{len(tokens)} prompt tokens and {new} new ones exceed the context of {self.context}")
-        if len(tokens) > self._room:
-            raise ContextTooLong(f"{len(tokens)} prompt tokens exceed the KV cache of {self._room}")
+        if len(tokens) > self._decoder.room:
+            raise ContextTooLong(f"{len(tokens)} prompt tokens exceed the KV cache of {self._decoder.room}")
 
     def step(self) -> list[Event]:
         if self._running is None:
@@ -425,7 +427,7 @@ class OnnxEngine:
                 return []
             self._running = self._waiting.popleft()
         request = self._running
-        if len(request.prompt) + len(request.produced) > self._room:
+        if len(request.prompt) + len(request.produced) > self._decoder.room:
             self._running = None
             return [Event(request.id, finish_reason="error", error="the KV cache is exhausted")]
         logits = self._advance(request)
