@@ -162,11 +162,20 @@ def _check_tokenizer(encoder: Any, tokenizer: Any) -> None:
             )
 
 
+# Weights of a decoder's head that share a scale. NNCF gives a token's whole row one: on the demo model in int8 (1536
+# tokens) groups lower the mean KLD from 0.0049 to 0.0042 and raise top-1 agreement from 94.7 % to 96.0 %, for 3 % more
+# bytes in the head and 5 % more of its time, about 1 % of decoding. What is left to gain: OpenVINO's CPU plugin
+# (2026.4) rounds logits to bf16 where it computes in bf16, since with integer weights the output has the input's type;
+# and the mark that keeps a product in float32 (DisablePrecisionConversion) is lost where it takes such weights.
+HEAD_GROUP = 64
+
+
 def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
     """Compress the weights of the runtime folder `source` into `folder` (NNCF), embedding and head included.
 
     int8 is symmetric per output channel. int4 is symmetric in groups along the input; embedding and head take
-    int8 unless `precision.all_layers`; `calibration` (token sequences) feeds the data-aware options.
+    int8 unless `precision.all_layers`; `calibration` (token sequences) feeds the data-aware options. A decoder's head
+    in int8, with the embedding where they are one table, is symmetric in groups of `HEAD_GROUP` along the input.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars would be drawn over ours
         import nncf
@@ -174,19 +183,63 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
 
         nncf.set_log_level(logging.ERROR)
         graph = ov.Core().read_model(source / GRAPH)
+        head = None if precision.all_layers else _head_in_groups(graph)
         if precision.name == "int8":
             graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
         else:
             graph = _compress_int4(graph, precision, calibration)
+        if head is not None:
+            _head(graph).input_value(1).replace(head)
         folder.mkdir(parents=True, exist_ok=True)
         ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
-    del graph
+    del graph, head
     gc.collect()
     for path in sorted(source.rglob("*")):
         if path.is_file() and not path.name.startswith("openvino_model"):
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+
+
+def _head(graph: Any) -> Any:
+    """The matrix product that makes a decoder's logits: all the others lead to it."""
+    return [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"][-1]
+
+
+def _head_in_groups(graph: Any) -> Any:
+    """The weights (vocabulary, width) of a decoder's head, computed from integers with a scale per group; None where
+    there is no such table, or `HEAD_GROUP` does not divide its width into several."""
+    from openvino import opset13
+
+    if not graph.get_sinks():  # an encoder keeps no state
+        return None
+    head = _head(graph)
+    table = head.input_value(1).get_node()
+    if table.get_type_name() == "Convert":  # of a checkpoint in 16 bits
+        table = table.input_value(0).get_node()
+    if table.get_type_name() != "Constant" or not head.get_attributes()["transpose_b"]:
+        return None
+    rows, width = table.shape
+    if width % HEAD_GROUP or width == HEAD_GROUP:
+        return None
+    integers, scales = _integers(table.get_data(dtype=np.float32).reshape(rows, -1, HEAD_GROUP))
+    stored = opset13.constant(integers)
+    stored.set_friendly_name(table.get_friendly_name())
+    weights = opset13.multiply(opset13.convert(stored, "f16"), opset13.constant(scales))
+    whole = opset13.reshape(weights, np.array([rows, width]), special_zero=False)
+    return opset13.convert(whole, "f32").output(0)
+
+
+def _integers(groups: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """`groups` (rows, groups, width) in int8, and the scales (rows, groups, 1); some rows at a time, for the memory."""
+    integers = np.empty(groups.shape, np.int8)
+    scales = np.empty((*groups.shape[:2], 1), np.float16)
+    for start in range(0, len(groups), 4096):
+        rows = slice(start, start + 4096)
+        scales[rows] = np.abs(groups[rows]).max(axis=-1, keepdims=True) / 127
+        scale = np.maximum(scales[rows], np.finfo(np.float16).smallest_subnormal).astype(np.float32)
+        integers[rows] = np.clip(np.rint(groups[rows] / scale), -127, 127)
+    return integers, scales
 
 
 def _compress_int4(graph: Any, precision: Precision, calibration: Sequence[Sequence[int]]) -> Any:
