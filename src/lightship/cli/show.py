@@ -25,6 +25,7 @@ def command(bundle: str, as_json: bool) -> None:
     manifest = opened.manifest
     click.echo(f"{opened.name}  ({opened.size_bytes / 1e6:.1f} MB, {len(manifest['files'])} files, intact)")
     click.echo(f"digest    {opened.digest}")
+    click.echo(f"kind      {opened.kind}")
     click.echo(f"targets   {', '.join(map(_target, opened.targets))}")
     click.echo(f"source    {_source(manifest['source'])}")
     click.echo(f"recipe    {_plain(manifest['recipe'])}")
