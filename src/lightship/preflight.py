@@ -289,6 +289,8 @@ def plan(
         reason = f"the target {recipe.target} has not been measured"
     elif seen.shape is not None and recipe.precision.gptq:
         reason = "gptq has not been measured"
+    elif isinstance(seen.shape, Shape) and recipe.target == "onnx" and recipe.precision.arithmetic == "f32":
+        reason = "ONNX with the arithmetic f32 has not been measured"
     elif seen.shape is not None:
         known = predict(costs.rates(seen.file, recipe.precision.arithmetic))
     steps = tuple(Step(name, name in done, known.get(name)) for name in names)
