@@ -19,7 +19,8 @@ Costs = dict[str, "Cost"]
 class Shape:
     """A decoder language model as its headers describe it. `table` is the embedding's share of `parameters`; `tied`
     says that it is the output layer too. `width` is bytes of a weight in the checkpoint that is read, `size` that of
-    all its weights, `files` of its tokenizer; `unpacked`: bytes of the file that it is unpacked from."""
+    all its weights, `files` of its tokenizer; `unpacked`: bytes of the file that it is unpacked from, `adapter`: of
+    the adapter that is merged into it."""
 
     architecture: str
     layers: int
@@ -32,6 +33,7 @@ class Shape:
     size: int
     files: int
     unpacked: int = 0
+    adapter: int = 0
 
     @property
     def multiplied(self) -> int:
@@ -189,7 +191,7 @@ TARGETS = {
 IMPORT, PROBE = 5.0, 2.0  # PyTorch and transformers; a fresh process
 SEARCH = 3.8e-7  # a weight of the body, whose scale is searched with calibration data
 STEP_LAYER = 1e-3  # one token through PyTorch
-UNPACK = 1.5e-7  # a parameter out of a GGUF file
+UNPACK, MERGE = 1.5e-7, 1e-8  # a parameter out of a GGUF file; one that an adapter changes
 LOAD, WIDEN = 3.0, 1.2e-9  # the original, once in memory; one of its 16-bit parameters widened for a pass
 WRITE = 3e-9  # a byte of a graph, made and written
 RECORD, COMPARE, SORT = 6e-9, 20e-9, 85e-9  # a log-probability
@@ -297,20 +299,30 @@ class _Run:
 
 
 def _read(run: _Run) -> Cost:
-    """Headers and text; a file is unpacked into a checkpoint."""
+    """Headers and text; a file is unpacked into a checkpoint, an adapter merged into one."""
     shape, slow = run.shape, run.rates.slow
-    if not shape.unpacked:
+    if not (shape.unpacked or shape.adapter):
         return Cost(2 * slow + run.hashing, 0.1e9)
-    seconds = (2 + IMPORT + UNPACK * shape.parameters) * slow + WRITE * shape.size + run.hashing
-    memory = LIBRARIES + shape.unpacked + UNPACK_MEMORY * FLOAT * shape.parameters
-    return Cost(seconds, memory, kept=shape.size + shape.files)
+    seconds, memory, base = (2 + IMPORT) * slow + run.hashing, 0.0, 0.0
+    if shape.unpacked:
+        seconds += UNPACK * shape.parameters * slow + WRITE * shape.size
+        memory = shape.unpacked + UNPACK_MEMORY * FLOAT * shape.parameters
+    if shape.adapter:
+        seconds += MERGE * shape.parameters * slow + WRITE * shape.size + run.hashing
+        memory = max(memory, shape.size + shape.adapter + 0.1e9)
+        base = float(shape.size) if shape.unpacked else 0.0  # the base is there until it is merged
+    return Cost(seconds, LIBRARIES + memory, kept=shape.size + shape.files, passing=base)
 
 
 def _original(run: _Run) -> Cost:
     """Every gate row through the original in float32, its greedy continuations, its log-probabilities written."""
     shape, rates, amount = run.shape, run.rates, run.amount
     kept = run.logits(amount.gate_kept)
-    seconds = (LOAD + (0 if shape.unpacked else IMPORT)) * rates.slow + run.hashing + amount.greedy * run.step()
+    seconds = (
+        (LOAD + (0 if shape.unpacked or shape.adapter else IMPORT)) * rates.slow
+        + run.hashing
+        + amount.greedy * run.step()
+    )
     seconds += run.exact(amount.gate, passes=3) + RECORD * kept / FLOAT
     return Cost(seconds, LIBRARIES + run.original_memory(amount.longest), kept=kept)
 
