@@ -90,14 +90,14 @@ def test_a_failing_exchange_puts_the_old_result_back(tmp_path, monkeypatch):
 
 def test_above_its_limit_on_the_users_text_nothing_is_shipped(llama, tmp_path, monkeypatch):
     """The gates pass on the default text; what counts as well is the text that the user will have."""
-    from lightship import pipeline
+    from lightship import decoder_pipeline
 
-    quality = pipeline._quality
+    quality = decoder_pipeline._quality
 
     def worse(*arguments):
         return [replace(metric, value=0.5) if metric.name == "kld" else metric for metric in quality(*arguments)]
 
-    monkeypatch.setattr(pipeline, "_quality", worse)
+    monkeypatch.setattr(decoder_pipeline, "_quality", worse)
     with pytest.raises(LimitExceeded, match=r"evaluate: mean KLD 0\.5 on the scored text.*\n.*kld<=0\.53"):
         ship(Recipe(source=str(llama.folder), precision=Precision(name="fp32")), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -105,10 +105,10 @@ def test_above_its_limit_on_the_users_text_nothing_is_shipped(llama, tmp_path, m
 
 def test_an_accepted_limit_holds_for_the_export_too(llama, tmp_path, monkeypatch):
     """The hint of a failed export gate must help whoever follows it."""
-    from lightship import pipeline
+    from lightship.evaluation import parity
 
     limits = []
-    monkeypatch.setattr(pipeline.parity, "check_parity", lambda found, limit, stage, _: limits.append((stage, limit)))
+    monkeypatch.setattr(parity, "check_parity", lambda found, limit, stage, _: limits.append((stage, limit)))
     recipe = Recipe(source=str(llama.folder), precision=Precision(name="fp32"), accept=("kld<=0.3",))
     convert(recipe, tmp_path / "ir")
     assert limits == [("gate export", 0.3), ("gate", 0.3)]

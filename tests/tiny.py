@@ -138,3 +138,35 @@ def tiny_encoder(folder: Path, architecture: str, *, seed: int = 0, **changes) -
     kind = getattr(transformers, architecture)
     kind(kind.config_class(**{**options, **changes})).save_pretrained(folder)
     return Checkpoint(folder)
+
+
+def tiny_seq2seq(folder: Path, model_type: str, *, kind: str = "unigram", seed: int = 0, **changes) -> Checkpoint:
+    """An encoder-decoder of two layers each, such as `t5` or `bart`; its tokenizer ends every text with its last
+    special token. `changes` go into its config."""
+    import torch
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_str(_trained(kind, 512))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|user|>")
+    fast.save_pretrained(folder)
+    begins = 2 if model_type in ("t5", "mt5", "umt5", "marian", "pegasus") else 0  # padding, or end-of-text
+    ids = {"pad_token_id": 2, "eos_token_id": 0, "decoder_start_token_id": begins}
+    options = {
+        "vocab_size": tokenizer.get_vocab_size(), "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+        "max_position_embeddings": 512, "init_std": 0.25, "forced_eos_token_id": None, "bos_token_id": 1, **ids,
+    }  # fmt: skip
+    if model_type in ("t5", "mt5", "umt5"):
+        options = {"vocab_size": tokenizer.get_vocab_size(), "d_model": 64, "d_kv": 16, "num_heads": 4, "num_layers": 2,
+                   "d_ff": 128, "initializer_factor": 1.0, **ids}  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **{**options, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and parameter.requires_grad:  # biases start at 0 and norms at 1
+                parameter += torch.empty_like(parameter).uniform_(-0.3, 0.3)
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(folder)
+    return Checkpoint(folder)

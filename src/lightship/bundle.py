@@ -101,6 +101,10 @@ class Bundle:
         """
         return _golden(self._read("golden/tokens.json"), self.folder / "golden" / "logprobs.npz")
 
+    def golden_sources(self) -> list[list[int]]:
+        """Of an encoder-decoder: the token ids that each row of `golden` is written for."""
+        return _golden_sources(self._read("golden/tokens.json"))
+
     def golden_outputs(self) -> tuple[list[tuple[list[int], list[int]]], list[npt.NDArray[np.float32]]]:
         """Of an encoder: token ids and types of each row, and what it means to the original (see docs/format.md)."""
         return _golden_outputs(self._read("golden/tokens.json"), self.folder / "golden" / "outputs.npz")
@@ -342,6 +346,18 @@ def _golden(tokens: bytes, path: Path) -> tuple[list[list[int]], dict[str, npt.N
     except (ValueError, KeyError, TypeError, OSError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as bad:
         raise BundleError(f"golden/ cannot be read: {bad}", hint=REBUILD) from bad
     return rows, arrays
+
+
+def _golden_sources(tokens: bytes) -> list[list[int]]:
+    try:
+        stated = json.loads(tokens)
+        sources: list[list[int]] = stated["sources"]
+        _check_rows(sources)
+        if len(sources) != len(stated["rows"]):
+            raise ValueError("tokens.json must hold a source for each row")
+    except (ValueError, KeyError, TypeError, RecursionError) as bad:
+        raise BundleError(f"golden/ cannot be read: {bad}", hint=REBUILD) from bad
+    return sources
 
 
 def _golden_outputs(

@@ -125,8 +125,8 @@ def exported_bytes(shape: Shape, precision: Precision, target: str = "openvino")
 
 
 def served_bytes(shape: Shape, precision: Precision, target: str = "openvino") -> float:
-    """The graph as it is served. OpenVINO's scales are of 2 bytes and in int8 too few to count; ONNX Runtime's of 4,
-    one for each group, in int8 of 64."""
+    """The graph as it is served. OpenVINO's scales are of 2 bytes, in int8 too few to count but for the head's, one for
+    64 weights; ONNX Runtime's are of 4, one for each group, in int8 of 64."""
     if precision.name not in ("int8", "int4"):
         return exported_bytes(shape, precision, target)
     tables = shape.table * (1 if shape.tied else 2)
@@ -135,7 +135,7 @@ def served_bytes(shape: Shape, precision: Precision, target: str = "openvino") -
     if target == "onnx":
         scales = 4 * shape.parameters / (64 if precision.name == "int8" else precision.group_size)
     else:
-        scales = 2 * narrow / precision.group_size
+        scales = 2 * narrow / precision.group_size + (0 if precision.all_layers else 2 * shape.table / 64)
     return shape.parameters - narrow / 2 + scales + TARGETS[target].graph_layer * shape.layers
 
 

@@ -59,6 +59,8 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
     tables = [_product(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary]
     if any(config.get(key) for key in EXPERT_KEYS):
         return Seen(largest, config, reason="mixtures of experts have not been measured")
+    if kind_of(config) == "seq2seq":
+        return Seen(largest, config, reason="encoder-decoders have not been measured")
     if config.get("num_hidden_groups"):
         return Seen(largest, config, reason="layers that share their weights have not been measured")
     if layers is None or vocabulary is None or context is None or not tables:

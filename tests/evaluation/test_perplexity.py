@@ -84,7 +84,7 @@ def comparison(candidate: list[float], kld: list[float], passages: str = "00") -
 def test_quality_of_passages() -> None:
     """Two passages of two tokens whose values agree within each: as many draws as passages, not as tokens."""
     found = comparison([-2.0, -2.0, -3.0, -3.0], [0.1, 0.1, 0.3, 0.3], "0011")
-    metrics = {m.name: m for m in quality(found, text_bytes=6)}
+    metrics = {m.name: m for m in quality(found, text_bytes=6, scored="all tokens")}
     assert metrics["perplexity"].n == 4 and metrics["perplexity"].value == pytest.approx(math.exp(2.5))
     assert metrics["kld"].value == pytest.approx(0.2) and metrics["kld"].stderr == pytest.approx(0.1)
     assert metrics["top1"].value == 0.75
@@ -92,6 +92,6 @@ def test_quality_of_passages() -> None:
 
 def test_quality_of_a_broken_candidate_raises() -> None:
     with pytest.raises(LightshipError, match="loss is not finite"):
-        quality(comparison([-2.0, -np.inf, -2.0, -2.0], [0.1, 0.1, 0.1, 0.5]), text_bytes=6)
+        quality(comparison([-2.0, -np.inf, -2.0, -2.0], [0.1, 0.1, 0.1, 0.5]), text_bytes=6, scored="all tokens")
     with pytest.raises(LightshipError, match="divergence is not finite"):
-        quality(comparison([-2.0, -2.0, -2.0, -2.0], [0.1, np.inf, 0.1, 0.5]), text_bytes=6)
+        quality(comparison([-2.0, -2.0, -2.0, -2.0], [0.1, np.inf, 0.1, 0.5]), text_bytes=6, scored="all tokens")

@@ -1,4 +1,4 @@
-"""The decoder architectures of the matrix as tiny random models: two layers of 64 channels, context 2 048.
+"""The architectures of the matrix as tiny random models: two layers of 64 channels, of decoders a context of 2 048.
 
 Whatever a fault could hide behind is off its neutral value: RoPE bases are not 10 000, windows are shorter than the
 gate's long row, biases are not 0 and norms not 1.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightship.checkpoint import Checkpoint
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_encoder, tiny_seq2seq, tiny_tokenizer
 
 WINDOW = 128
 BASE = 500_000.0
@@ -70,8 +70,34 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# Encoders: the class of transformers, and what its configuration changes.
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertModel", {}),
+    "distilbert": ("DistilBertForSequenceClassification",
+                   {"num_labels": 4, "problem_type": "multi_label_classification"}),
+    "roberta": ("RobertaForQuestionAnswering", {}),
+    "deberta-v2": ("DebertaV2ForSequenceClassification",
+                   {"num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                    "position_biased_input": False}),
+    "modernbert": ("ModernBertModel",
+                   {"local_attention": 32, "global_attn_every_n_layers": 2, "pad_token_id": 0, "bos_token_id": 2,
+                    "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}),
+}  # fmt: skip
+SEQ2SEQ = ("t5", "marian", "bart", "m2m_100")
+EVERY = (*FAMILIES, *ENCODERS, *SEQ2SEQ)
+
+
 def make(name: str, folder: Path, seed: int = 0) -> Checkpoint:
     """The tiny model of `name` in `folder`, its weights drawn with `seed`."""
+    if name in ENCODERS:
+        architecture, changes = ENCODERS[name]
+        return tiny_encoder(folder, architecture, seed=seed, **changes)
+    if name in SEQ2SEQ:
+        return tiny_seq2seq(folder, name, seed=seed)
+    return _make_decoder(name, folder, seed)
+
+
+def _make_decoder(name: str, folder: Path, seed: int) -> Checkpoint:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging

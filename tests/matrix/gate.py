@@ -9,11 +9,12 @@ from pathlib import Path
 
 from lightship.calibration import Text, default_text
 from lightship.checkpoint import Checkpoint
+from lightship.decoder_pipeline import EXACT
 from lightship.errors import LimitExceeded
 from lightship.evaluation import divergence, parity
 from lightship.evaluation.parity import Parity
 from lightship.evaluation.text import scoring_set, tokeniser
-from lightship.pipeline import EXACT, convert
+from lightship.pipeline import convert
 from lightship.recipe import KLD_LIMITS, Precision, PrecisionName, Recipe
 from lightship.targets import openvino, pytorch
 
@@ -56,11 +57,12 @@ def stopped(found: Parity) -> bool:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the gates of one run measured: mean KLD of the export and of what is shipped, mean |Δ log p| as served."""
+    """What the gates of one run measured: mean KLD (of embedders 1 − mean cosine) of the export and of what is
+    shipped, and mean |Δ log p| as served (None for encoders)."""
 
     export: float
     shipped: float
-    served: float
+    served: float | None
 
 
 def through_all_gates(checkpoint: Checkpoint, target: str, precision: PrecisionName, out: Path) -> Figures:
@@ -69,6 +71,6 @@ def through_all_gates(checkpoint: Checkpoint, target: str, precision: PrecisionN
     recipe = Recipe(source=str(checkpoint.folder), target=target, precision=Precision(name=precision))
     convert(recipe, out, progress=said.append)
     whole = "\n".join(said)
-    export, shipped = map(float, re.findall(r"mean KLD (\S+) ±", whole))
-    served = re.findall(r"mean \|Δ log p\| (\S+) over", whole)[0]
-    return Figures(export, shipped, float(served))
+    export, shipped = map(float, re.findall(r"(?<!on )(?:mean KLD|1 − cosine) ([\d.e+-]+)", whole))
+    served = re.findall(r"mean \|Δ log p\| (\S+) over", whole)
+    return Figures(export, shipped, float(served[0]) if served else None)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from lightship.checkpoint import Checkpoint
 from lightship.cli.evaluate import command as evaluate_command
+from lightship.decoder_pipeline import EXACT
 from lightship.errors import SourceError, UnsafeSource, UnsupportedError, UsageError
 from lightship.papers import published
-from lightship.pipeline import EXACT, evaluate, plan_ship, run, ship
+from lightship.pipeline import evaluate, plan_ship, run, ship
 from lightship.recipe import Precision, Recipe
 from lightship.sources import adapter as adapters
 from lightship.sources import huggingface, look, peek, read

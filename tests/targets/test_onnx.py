@@ -38,6 +38,7 @@ from lightship.recipe import KLD_LIMITS, Precision, Recipe
 from lightship.serving.server import running
 from lightship.sources import peek
 from lightship.targets import onnx, pytorch
+from tests.matrix.families import WINDOW, make
 from tests.tiny import tiny_gpt2, tiny_llama
 
 PROMPT = list(range(20, 60))
@@ -182,6 +183,66 @@ def test_the_engine_is_greedy_as_pytorch(exported):
     engine = onnx.open(runtime, EngineSettings(max_batched_tokens=16))  # the prompt in three chunks
     expected = pytorch.open_scorer(checkpoint.folder).greedy([PROMPT], 60)[0]
     assert generate(engine, PROMPT, max_tokens=60, ignore_eos=True) == expected
+
+
+@pytest.fixture(scope="module", params=["mistral", "gemma2", "gemma3"])
+def windowed(request, tmp_path_factory):
+    """(checkpoint, its runtime folder in fp32): every layer of mistral has a window of 128, one of two of the others.
+    The capped scores of gemma2 are computed outside the fused attention."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = make(request.param, folder / "model")
+    onnx.export(checkpoint, folder / "runtime")
+    return checkpoint, folder / "runtime"
+
+
+def test_windows_are_kept_however_the_text_is_read(windowed, tmp_path):
+    """PyTorch reads all in one pass without a cache; the graph in one pass too, in pieces that end anywhere in the
+    window, and token by token."""
+    checkpoint, runtime = windowed
+    ids = np.random.default_rng(0).integers(2, checkpoint.vocabulary, (1, 1024))
+    mask = np.ones_like(ids)
+    expected = pytorch.open_scorer(checkpoint.folder).logits(ids, mask)
+    scorer = onnx.open_scorer(runtime)
+    for size, length in ((1024, 1024), (300, 1024), (1, 400)):
+        found = np.concatenate(list(scorer.blocks(ids[:, :length], mask[:, :length], size)), axis=1)
+        assert np.abs(found - expected[:, :length]).max() < 1e-3
+
+    blind = Checkpoint(shutil.copytree(checkpoint.folder, tmp_path / "blind"))  # the window is what was measured
+    (blind.folder / "config.json").write_text(json.dumps({**blind.config, "sliding_window": 4096}))
+    apart = np.abs(pytorch.open_scorer(blind.folder).logits(ids, mask) - expected)[0].max(-1)
+    assert apart[:WINDOW].max() < 1e-3 and apart[WINDOW : 2 * WINDOW].mean() > 0.1
+
+
+def test_the_engine_is_greedy_as_pytorch_beyond_the_window(windowed):
+    checkpoint, runtime = windowed
+    prompt = [int(token) for token in np.random.default_rng(1).integers(2, checkpoint.vocabulary, 200)]
+    engine = onnx.open(runtime, EngineSettings(max_batched_tokens=150))
+    expected = pytorch.open_scorer(checkpoint.folder).greedy([prompt], 150)[0]
+    assert generate(engine, prompt, max_tokens=150, ignore_eos=True) == expected
+
+
+def test_only_fused_attention_appends_to_its_cache(windowed):
+    """Elsewhere the graph hands out a longer copy; the tests above read both kinds."""
+    checkpoint, runtime = windowed
+    graph = onnx_ir.load(runtime / "model.onnx").graph
+    past, present = graph.inputs[3], next(value for value in graph.outputs if value.name.startswith(onnx.PRESENT))
+    assert past.name.startswith(onnx.PAST)
+    assert (past.shape == present.shape) == (checkpoint.config["model_type"] != "gemma2")
+
+
+def test_another_state_than_keys_and_values_is_refused(tmp_path):
+    """Convolutions keep their last inputs."""
+    import torch
+    from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, vocab_size=512, layer_types=["conv", "full_attention"])  # fmt: skip
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="conv_states"):
+        onnx.export(Checkpoint(tmp_path / "model"), tmp_path / "runtime")
 
 
 # ── Rounding ────────────────────────────────────────────────────────────────

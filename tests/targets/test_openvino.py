@@ -6,9 +6,16 @@ import sys
 import numpy as np
 import openvino
 import openvino_tokenizers
+import pytest
+from transformers import AutoModelForCausalLM
 
 from lightship.calibration import default_text
+from lightship.pipeline import convert
+from lightship.recipe import Precision, Recipe
+from lightship.targets._openvino_weights import HEAD_GROUP, _head
+from lightship.targets.openvino import GRAPH
 from lightship.tokenizer import load_tokenizer
+from tests.tiny import tiny_llama
 
 
 def test_a_signal_after_an_engine_was_closed(bundle_path):
@@ -45,3 +52,28 @@ def test_the_tokenizer_beside_the_graph_gives_the_same_ids(bundle_path):
         if expected:
             found = decoder(np.array([expected]))["string_output"][0]
             assert found == tokenizer.decode(expected), text
+
+
+NARROW = {"int8": Precision(name="int8"),
+          "int4": Precision(name="int4", group_size=32, awq=False, scale_estimation=False)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "tied", "dtype"), [("int8", True, "float32"), ("int4", False, "bfloat16")])
+def test_the_weights_of_the_head_share_a_scale_in_groups(tmp_path, name, tied, dtype):
+    """Its columns differ thirtyfold from group to group: one scale for the whole row would lose the small ones. The
+    gates pass, the served path's among them; embedding and head stay one table where they are."""
+    checkpoint = tiny_llama(tmp_path / "model", hidden_size=2 * HEAD_GROUP, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+    model.lm_head.weight.data[:, HEAD_GROUP:] /= 30
+    model.save_pretrained(checkpoint.folder)
+    recipe = Recipe(source=str(checkpoint.folder), precision=NARROW[name], accept=("kld<=2",))
+    graph = openvino.Core().read_model(convert(recipe, tmp_path / "runtime") / GRAPH)
+
+    output = _head(graph).input_value(1)
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    (stored,) = openvino.compile_model(openvino.Model([output], []), "CPU", exact)([]).values()
+    table = model.lm_head.weight.detach().float().numpy()
+    groups, found = (part.astype(np.float32).reshape(len(table), -1, HEAD_GROUP) for part in (table, stored))
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    assert (np.abs(groups - found) <= largest * (1 / 254 + 2**-10)).all()  # half a step, and two roundings to float16
+    assert len(output.get_target_inputs()) == (2 if tied else 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +30,30 @@ class BlockScorer(Protocol):
     ) -> Iterator[npt.NDArray[np.float32]]: ...
 
 
+class SourceScorer(Protocol):
+    """An encoder-decoder: a scorer once it has read what the rows are written for, (batch, source length), padded on
+    the right. Reading another source ends the scorer of the one before."""
+
+    def given(self, source: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> BlockScorer: ...
+
+
+AnyScorer = BlockScorer | SourceScorer
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Token rows, padded on the left. `mask` marks real tokens, `scored` the positions whose prediction counts."""
+    """Token rows, padded on the left. `mask` marks real tokens, `scored` the positions whose prediction counts.
+
+    Of an encoder-decoder the rows are what is written, padded on the right, and `source` with `source_mask` is what it
+    is written for, (batch, source length), padded on the right too.
+    """
 
     name: str
     ids: npt.NDArray[np.int64]
     mask: npt.NDArray[np.int64]
     scored: npt.NDArray[np.bool_]
+    source: npt.NDArray[np.int64] | None = None
+    source_mask: npt.NDArray[np.int64] | None = None
 
     @staticmethod
     def of(name: str, rows: Sequence[Sequence[int]], scored_from: Sequence[int] | None = None) -> Batch:
@@ -56,8 +72,14 @@ class Batch:
     def labels(self) -> npt.NDArray[np.int64]:
         """(batch, length): the token that follows each position, −1 after the last."""
         labels = np.full_like(self.ids, -1)
-        labels[:, :-1] = self.ids[:, 1:]
+        labels[:, :-1] = np.where(self.mask[:, 1:] == 1, self.ids[:, 1:], -1)
         return labels
+
+    def bound(self, scorer: AnyScorer) -> BlockScorer:
+        """What scores these rows: of an encoder-decoder `scorer` after it has read their source."""
+        if self.source is None or self.source_mask is None:
+            return cast(BlockScorer, scorer)
+        return cast(SourceScorer, scorer).given(self.source, self.source_mask)
 
 
 def passage_batches(passages: Passages) -> list[Batch]:
@@ -117,7 +139,7 @@ def _in_cache(count: int) -> Iterator[slice]:
     return (slice(start, start + 8) for start in range(0, max(count, 1), 8))
 
 
-def record(original: BlockScorer, batches: Iterable[Batch], folder: Path) -> Reference:
+def record(original: AnyScorer, batches: Iterable[Batch], folder: Path) -> Reference:
     """Run the original over `batches` and keep its log-probabilities in `folder`. Raises on a non-finite value."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = tuple(batches)
@@ -130,7 +152,9 @@ def record(original: BlockScorer, batches: Iterable[Batch], folder: Path) -> Ref
                 )
             np.save(folder / f"{index:03}-{block:04}.npy", rows)
     for index, batch in enumerate(kept):
-        np.savez(folder / f"{index:03}.npz", name=batch.name, ids=batch.ids, mask=batch.mask, scored=batch.scored)
+        np.savez(
+            folder / f"{index:03}.npz", **{name: value for name, value in vars(batch).items() if value is not None}
+        )
     return Reference(folder, kept)
 
 
@@ -139,21 +163,19 @@ def reopen(folder: Path) -> Reference:
     batches = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as kept:
-            batches.append(Batch(str(kept["name"]), kept["ids"], kept["mask"], kept["scored"]))
+            batches.append(Batch(**{**kept, "name": str(kept["name"])}))
     return Reference(folder, tuple(batches))
 
 
-def _scored_blocks(
-    scorer: BlockScorer, batch: Batch
-) -> Iterator[tuple[int, Floats, tuple[npt.NDArray[np.bool_], int]]]:
+def _scored_blocks(scorer: AnyScorer, batch: Batch) -> Iterator[tuple[int, Floats, tuple[npt.NDArray[np.bool_], int]]]:
     """(block number, log-probabilities of its scored positions, (which those are, start of the block))."""
-    for block, logits in enumerate(scorer.blocks(batch.ids, batch.mask, BLOCK)):
+    for block, logits in enumerate(batch.bound(scorer).blocks(batch.ids, batch.mask, BLOCK)):
         start = block * BLOCK
         scored = batch.scored[:, start : start + logits.shape[1]]
         yield block, log_softmax(logits[scored]), (scored, start)
 
 
-def compare(reference: Reference, candidate: BlockScorer) -> Comparison:
+def compare(reference: Reference, candidate: AnyScorer) -> Comparison:
     """Run the candidate over the reference's batches. A NaN is kept as infinite divergence, never dropped."""
     parts: list[list[npt.NDArray[np.generic]]] = []
     for index, batch in enumerate(reference.batches):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.errors import LimitExceeded
-from lightship.evaluation.divergence import BLOCK, Batch, BlockScorer, Comparison, Reference, compare
+from lightship.evaluation.divergence import BLOCK, AnyScorer, Batch, Comparison, Reference, compare
 from lightship.report import Metric
 
 SHORT = (1, 5, 9, 16, 23, 32)
@@ -62,15 +62,16 @@ def gate_batches(tokens: Sequence[int], context: int, greedy: Callable[..., list
     ]
 
 
-def long_row(reference: Reference) -> tuple[list[int], npt.NDArray[np.float32]]:
-    """The tokens of the long row, and log p(token[i] | tokens before i) by the original for i ≥ 1."""
+def long_row(reference: Reference) -> tuple[Batch, npt.NDArray[np.float32]]:
+    """The batch that is the long row, and log p(token[i] | tokens before i) by the original for i ≥ 1."""
     index = next(number for number, batch in enumerate(reference.batches) if batch.name == "long")
-    tokens = reference.batches[index].ids[0]
+    batch = reference.batches[index]
+    tokens = batch.ids[0]
     rows = np.concatenate([reference.rows(index, block) for block in range(-(-len(tokens) // BLOCK))])
-    return tokens.tolist(), rows[np.arange(len(tokens) - 1), tokens[1:]]
+    return batch, rows[np.arange(len(tokens) - 1), tokens[1:]]
 
 
-def parity(reference: Reference, candidate: BlockScorer) -> Parity:
+def parity(reference: Reference, candidate: AnyScorer) -> Parity:
     """Compare the candidate with the recorded original."""
     return summarise(compare(reference, candidate))
 

@@ -18,9 +18,10 @@ from lightship.report import Metric
 Values = npt.NDArray[np.floating]
 
 
-def quality(found: Comparison, text_bytes: float) -> list[Metric]:
+def quality(found: Comparison, text_bytes: float | None, scored: str) -> list[Metric]:
     """The quality metrics of a comparison whose batches are passages; `text_bytes` is the UTF-8 length of the scored
-    tokens. Standard errors treat each passage as one draw."""
+    tokens (None where a model wrote them: then without bits per byte), `scored` says in words which they are. Standard
+    errors treat each passage as one draw."""
     if not np.isfinite(found.kld).all():
         raise LightshipError("the candidate's divergence is not finite on the held-out text",
                              hint="it computes NaN or infinity somewhere")  # fmt: skip
@@ -29,7 +30,7 @@ def quality(found: Comparison, text_bytes: float) -> list[Metric]:
     drawn = "s.e. over passages" if len(passages) > 1 else "s.e. over tokens"
     return [
         Metric("kld", float(found.kld.mean()), "nats/token", n, mean_stderr([each.kld for each in passages]), "lower",
-               0.0, f"mean KL(original ‖ candidate) over the whole vocabulary, second half of each passage; {drawn}"),
+               0.0, f"mean KL(original ‖ candidate) over the whole vocabulary, {scored}; {drawn}"),
         Metric("kld_p99", float(np.quantile(found.kld, 0.99)), "nats/token", n, None, "lower", 0.0, "99th percentile"),
         Metric("top1", float(found.top1.mean()), "share", n,
                mean_stderr([each.top1.astype(np.float64) for each in passages]), "higher", 1.0,
@@ -38,7 +39,7 @@ def quality(found: Comparison, text_bytes: float) -> list[Metric]:
     ]  # fmt: skip
 
 
-def perplexity(original: Sequence[Values], candidate: Sequence[Values], text_bytes: float) -> list[Metric]:
+def perplexity(original: Sequence[Values], candidate: Sequence[Values], text_bytes: float | None) -> list[Metric]:
     """Perplexity, bits per byte and the paired perplexity ratio, from log-probabilities (nats) of the scored tokens.
 
     One array per passage, the same tokens for both models; `text_bytes` is the UTF-8 length of those tokens. With two
@@ -49,17 +50,20 @@ def perplexity(original: Sequence[Values], candidate: Sequence[Values], text_byt
     before, after = _mean(original), _mean(candidate)
     error = mean_stderr(candidate)
     n = sum(map(len, candidate))
-    scale = n / math.log(2) / text_bytes
     drawn = "passages" if len(candidate) > 1 else "tokens"
     shift = mean_stderr([c - o for o, c in zip(original, candidate, strict=True)])
-    return [
+    metrics = [
         Metric("perplexity", _exp(-after), "", n, _times(_exp(-after), error), "lower", _exp(-before),
                f"exp(mean negative log-likelihood per token); s.e. over {drawn}, delta method"),
-        Metric("bits_per_byte", -after * scale, "bits/byte", n, _times(scale, error), "lower", -before * scale,
-               f"negative log-likelihood / ln 2 / UTF-8 bytes of the scored text; s.e. over {drawn}"),
         Metric("perplexity_ratio", _exp(before - after), "×", n, _times(_exp(before - after), shift), "lower", 1.0,
                f"exp(mean log p(original) − log p(this)) on the same tokens; paired s.e. over {drawn}, delta method"),
     ]  # fmt: skip
+    if text_bytes is not None:
+        scale = n / math.log(2) / text_bytes
+        method = f"negative log-likelihood / ln 2 / UTF-8 bytes of the scored text; s.e. over {drawn}"
+        bits, error = -after * scale, _times(scale, error)
+        metrics.insert(1, Metric("bits_per_byte", bits, "bits/byte", n, error, "lower", -before * scale, method))
+    return metrics
 
 
 def mean_stderr(passages: Sequence[Values]) -> float | None:
@@ -76,10 +80,10 @@ def mean_stderr(passages: Sequence[Values]) -> float | None:
     return float(math.sqrt(len(clusters) / (len(clusters) - 1) * float((residuals**2).sum())) / len(values))
 
 
-def _check(original: Sequence[Values], candidate: Sequence[Values], text_bytes: float) -> None:
+def _check(original: Sequence[Values], candidate: Sequence[Values], text_bytes: float | None) -> None:
     if [len(passage) for passage in original] != [len(passage) for passage in candidate]:
         raise LightshipError("original and candidate were not scored on the same tokens")
-    if not sum(map(len, candidate)) or not text_bytes > 0:
+    if not sum(map(len, candidate)) or not (text_bytes is None or text_bytes > 0):
         raise LightshipError("no token was scored: there is nothing to compute perplexity from")
     for whose, passages in (("original", original), ("candidate", candidate)):
         values = np.concatenate(passages)

@@ -13,6 +13,7 @@ from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
 from lightship.evaluation import memory, speed
 from lightship.find import find
+from lightship.kind import GENERATORS
 from lightship.report import Metric
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _encodes(folder: Path) -> bool:
     """Whether an encoder lies in `folder`; a folder without a configuration is for a target's own tests."""
-    return (folder / "config.json").is_file() and Checkpoint(folder).kind != "decoder"
+    return (folder / "config.json").is_file() and Checkpoint(folder).kind not in GENERATORS
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,38 @@ TOP = 20
 def write(gate: Reference, folder: Path) -> None:
     """Write the gate's long row and the original's `TOP` likeliest log-probabilities at each of its positions.
 
-    `tokens.json`: {"rows": [[id, …], …]}; `logprobs.npz`: `ids` and `logprobs`, (positions, k), rows in order.
+    `tokens.json`: {"rows": [[id, …], …]}, of an encoder-decoder with the "sources" they are written for;
+    `logprobs.npz`: `ids` and `logprobs`, (positions, k), rows in order.
     """
     folder.mkdir(parents=True)
     rows: list[list[int]] = []
+    sources: list[list[int]] = []
     ids, logprobs = [], []
     for index, batch in enumerate(gate.batches):
         if batch.name != "long":
             continue
         rows.append(batch.ids[0].tolist())
+        sources += [] if batch.source is None else batch.source.tolist()
         for block in range(-(-batch.ids.shape[1] // BLOCK)):
             values = gate.rows(index, block)
             top = np.argsort(values, axis=-1)[:, : -TOP - 1 : -1]
             ids.append(top.astype(np.int32))
             logprobs.append(np.take_along_axis(values, top, 1))
-    (folder / "tokens.json").write_text(json.dumps({"rows": rows}) + "\n")
+    said = {"rows": rows, "sources": sources} if sources else {"rows": rows}
+    (folder / "tokens.json").write_text(json.dumps(said) + "\n")
     np.savez(folder / "logprobs.npz", ids=np.concatenate(ids), logprobs=np.concatenate(logprobs))
 
 
-def replay(rows: Sequence[Sequence[int]], arrays: dict[str, npt.NDArray[Any]], scorer: Scorer) -> Metric:
-    """KL divergence of `scorer` from what the original said. Raises `LimitExceeded` when it is not finite.
+def replay(rows: Sequence[Sequence[int]], arrays: dict[str, npt.NDArray[Any]], scorers: Iterable[Scorer]) -> Metric:
+    """KL divergence from what the original said, of each row by the scorer in its turn. Raises `LimitExceeded` when it
+    is not finite.
 
     It is taken over the original's likeliest tokens plus one bucket for all others, which bounds the full KL
     divergence from below (data processing inequality).
     """
     values: list[npt.NDArray[np.float64]] = []
     start = 0
-    for row in rows:
+    for row, scorer in zip(rows, scorers, strict=False):
         ids = np.array([row], np.int64)
         q = log_softmax(scorer.logits(ids, np.ones_like(ids))[0])
         stop = start + len(row)

@@ -11,6 +11,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.costs import Amount
 from lightship.errors import UsageError
 from lightship.evaluation import golden, parity, speed
+from lightship.evaluation.divergence import Batch, passage_batches
 from lightship.recipe import Recipe
 from lightship.template import ChatTemplate, load_template
 from lightship.tokenizer import load_tokenizer
@@ -23,12 +24,28 @@ SPEED_REPEATS = {"quick": {"repeats": 3, "new_tokens": 32}, "full": {"repeats": 
 
 @dataclass(frozen=True)
 class Texts:
-    """Token sequences: `gate` one long run, `score` held-out passages, `calibrate` for data-aware steps."""
+    """Token sequences for a model of `context`: `gate` one long run, `score` held-out passages, `calibrate` for
+    data-aware steps. `scored` says which positions count."""
 
+    context: int
     gate: tuple[int, ...]
     score: Passages
     calibrate: tuple[tuple[int, ...], ...]
     describe: dict[str, Any]
+    scored = "second half of each passage"
+
+    @property
+    def digest(self) -> str:
+        """Of the text that is scored."""
+        return self.score.digest
+
+    def gate_batches(self, original: Any) -> list[Batch]:
+        """The gate's rows; `original` (with a method `greedy`) continues some of them."""
+        return parity.gate_batches(self.gate, self.context, original.greedy)
+
+    def score_batches(self, original: Any) -> tuple[list[Batch], float | None]:
+        """The held-out passages, and the UTF-8 bytes of what is scored."""
+        return passage_batches(self.score), self.score.bytes_per_token * self.score.scored
 
 
 def amount(recipe: Recipe, context: int) -> Amount:
@@ -71,7 +88,7 @@ def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:
         "calibration_sha256": calibrate.digest if calibrate else None,
         "tokens": length * len(score.sequences),
     }
-    return Texts(gate, score, calibrate.sequences if calibrate else (), describe)
+    return Texts(context, gate, score, calibrate.sequences if calibrate else (), describe)
 
 
 def tokeniser(checkpoint: Checkpoint) -> tuple[Encode, int | None]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
-from lightship.errors import EngineError, UsageError
+from lightship.errors import EngineError, UnsupportedError, UsageError
+from lightship.kind import Kind
 from lightship.serving.worker import Worker
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def serve(
     with bind(host, port) as bound:
         path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
         settings = settings or EngineSettings()
+        _refuse_unserved(Bundle.stated_kind(path))
         if Bundle.stated_kind(path) == "decoder":
             worker = Worker(Bundle.stated_target(path), settings)
             worker.spawn()  # imports its runtime while the bundle is verified
@@ -106,6 +108,15 @@ def serve(
         watching.join(1)
         if app.state.failure is not None:
             raise app.state.failure
+
+
+def _refuse_unserved(kind: Kind) -> None:
+    if kind == "seq2seq":
+        raise UnsupportedError(
+            "encoder-decoders, such as translators, are not served yet: the API has no task for them",
+            hint="measure it with `lightship check` and `lightship evaluate`, or open it in Python: "
+            "lightship.targets.<target>.open(bundle.target_folder(target)) writes for token ids",
+        )
 
 
 def _watch(server: uvicorn.Server, app: FastAPI, url: str, progress: Callable[[str], None]) -> None:
@@ -137,6 +148,7 @@ def running(
 ) -> Iterator[str]:
     """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    _refuse_unserved(opened.kind)
     with bind(host, port) as bound:
         settings = settings or EngineSettings()
         if opened.kind == "decoder":

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import UnsupportedError
+from lightship.kind import GENERATORS
 
 HINTS = {
-    "decoder": "supported are decoder language models that transformers' exporter can trace",
+    "decoder": "supported are language models that transformers' exporter can trace",
     "encoder": "supported are encoders that transformers' exporter can trace, with token ids, mask and token types as "
     "inputs",
 }
@@ -38,5 +39,5 @@ def tracing(checkpoint: Checkpoint, runtime: str) -> Iterator[None]:
         raise UnsupportedError(
             f"the architecture {checkpoint.config.get('model_type')!r} could not be exported to {runtime}: "
             f"{type(error).__name__}: {said}",
-            hint=HINTS["decoder" if checkpoint.kind == "decoder" else "encoder"],
+            hint=HINTS["decoder" if checkpoint.kind in GENERATORS else "encoder"],
         ) from error

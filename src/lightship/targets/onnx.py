@@ -26,9 +26,11 @@ GRAPH = "model.onnx"
 BATCHING = "none"  # one request at a time
 DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
 PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
+CAPACITY = "capacity"
 PLAIN = ("input_ids", "attention_mask", "position_ids", KEEP)
 GROUPS = (16, 32, 64, 128, 256)  # sizes that MatMulNBits knows
 INT8_GROUP = 64  # weights that share a scale in int8; in int4 the recipe says
+ROOM = 256  # tokens that the buffers of keys and values begin with
 CHUNK = 2**22  # weights quantised at a time
 # `accuracy_level` of MatMulNBits: activations rounded to 8 bits in the same groups, or float32. `f32`
 # unpacks every matrix for every token, which is much slower.
@@ -36,7 +38,6 @@ ACCURACY_LEVELS = {"auto": 4, "f32": 1}
 DOMAIN = "com.microsoft"
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-Past = dict[str, Any]  # input → OrtValue (1, heads, read, width)
 
 
 # ── Checkpoint → runtime folder ─────────────────────────────────────────────
@@ -70,7 +71,7 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     for one sequence with past and new length dynamic.
 
     A decoder's keys and values go in and out (`input.past_key_values…`, `output.past_key_values…`); an empty past is a
-    prefill.
+    prefill. Where both have the same length, `CAPACITY`, they are one buffer to which the new ones are appended.
     Raises `UnsupportedError` for another `dtype` than float32 and for architectures that cannot be traced or keep
     another state than keys and values.
     """
@@ -86,6 +87,7 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
         model = _trace(checkpoint)
         _fix_sizes(model.graph, checkpoint)
         _fuse(model)
+        _append_in_place(model.graph)
         checkpoint.carry(folder)
     _forget(model)
     onnx_ir.save(model, folder / GRAPH, external_data=DATA)
@@ -108,12 +110,24 @@ def _trace(checkpoint: Checkpoint) -> Any:
     mask[0, :3] = 0
     with tracing(checkpoint, "ONNX"):
         parts = exporter_utils.decompose_for_generation(
-            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
+            model, {"input_ids": ids, "attention_mask": mask, **_whole_cache(model)}, multi_token_decode=True
         )
         submodel, inputs = parts["decode"]
         # Positions whose logits are wanted: a prompt needs those of its last token only.
         inputs[KEEP] = torch.arange(2)
         return OnnxExporter().export(submodel, inputs, config=OnnxConfig(dynamic=True)).program
+
+
+def _whole_cache(model: Any) -> dict[str, Any]:
+    """The empty cache to trace a model with whose layers have windows: they keep all keys and values, as full ones do,
+    and the mask alone applies the window. A layer that drops what has left its window would have its length counted
+    outside the graph. Nothing for other models: theirs is right as they make it."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config)
+    windows = [isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers]
+    cache.layers = [DynamicLayer() if cut else layer for cut, layer in zip(windows, cache.layers, strict=True)]
+    return {"past_key_values": cache} if any(windows) else {}
 
 
 def _fix_sizes(graph: Any, checkpoint: Checkpoint) -> None:
@@ -153,6 +167,34 @@ def _fuse(model: Any) -> None:
             model.graph.insert_before(node, turned)
             node.replace_input_with(0, turned.outputs[0])
             node.attributes.pop("transBatchA")
+
+
+def _append_in_place(graph: Any) -> None:
+    """Let past and present be one buffer, longer than what has been read: `GroupQueryAttention` then writes behind what
+    is there and copies nothing. How much has been read must come from the mask then. Graphs in which anything else
+    looks into the cache are left alone."""
+    import onnx_ir
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    pasts = [value for value in graph.inputs if value.name.startswith(PAST)]
+    presents = [value for value in graph.outputs if value.name.startswith(PRESENT)]
+    readers = {node for value in pasts for node, _ in value.uses()}
+    measures = [node for node in readers if _measures_length(node)]
+    fused = {node for node in readers if node.op_type == "GroupQueryAttention"}
+    if len(fused) + len(measures) < len(readers) or any(value.uses() for value in presents):
+        return
+    inputs = {value.name: value for value in graph.inputs}
+    for node in measures:
+        lengths = [onnx_ir.node("Shape", [inputs[name]], {"start": 1, "end": 2}) for name in PLAIN[1::-1]]
+        read = onnx_ir.node("Sub", [length.outputs[0] for length in lengths])  # of the mask, without the new ids
+        replace_nodes_and_values(graph, node, [node], [*lengths, read], node.outputs, read.outputs)
+    for value in (*pasts, *presents):
+        value.shape = onnx_ir.Shape([*value.shape[:2], CAPACITY, value.shape[3]])
+
+
+def _measures_length(node: Any) -> bool:
+    """Whether `node` gives how many tokens a cache (1, heads, tokens, width) holds."""
+    return node.op_type == "Shape" and (_number(node, "start", 0), _number(node, "end", 4)) == (2, 3)
 
 
 def _forget(model: Any) -> None:
@@ -378,8 +420,16 @@ def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _onnx_
     return _onnx_encoder.OnnxEncoder(_session(folder, settings or EngineSettings()), folder)
 
 
+@dataclass
+class _Past:
+    """What a sequence has read: how many tokens, and keys and values of every layer, (1, heads, ≥ length, width)."""
+
+    values: dict[str, Any]  # input → OrtValue
+    length: int = 0
+
+
 class _Decoder:
-    """The graph of a runtime folder. What a sequence has read lies with the caller: keys and values of every layer."""
+    """The graph of a runtime folder. What a sequence has read lies with the caller."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         import onnxruntime
@@ -389,24 +439,49 @@ class _Decoder:
         inputs = {node.name: node for node in self._session.get_inputs()}
         self._sizes = {name: node.shape for name, node in inputs.items() if name.startswith(PAST)}
         self._takes = [name for name in PLAIN if name in inputs]
-        self._outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in self._sizes)]
+        self._appends = all(size[2] == CAPACITY for size in self._sizes.values())
         self.bytes_per_token = sum(4 * size[1] * size[3] for size in self._sizes.values())
         self.vocabulary: int = next(made.shape[-1] for made in self._session.get_outputs() if made.name == "logits")
 
-    def empty(self) -> Past:
+    def empty(self) -> _Past:
         """Nothing read yet."""
-        return {name: self._value(np.zeros((1, size[1], 0, size[3]), np.float32)) for name, size in self._sizes.items()}
+        sizes = self._sizes.items()
+        return _Past({name: self._value(np.zeros((1, size[1], 0, size[3]), np.float32)) for name, size in sizes})
 
-    def read(self, ids: Ids, past: Past, last: bool = False) -> tuple[Floats, Past]:
-        """Logits (new, vocabulary) after each of `ids` (new,), or after the last only, and the past to go on with."""
-        start = next(iter(past.values())).shape()[2]
-        new, total = len(ids), start + len(ids)
+    def read(self, ids: Ids, past: _Past, last: bool = False) -> Floats:
+        """Logits (new, vocabulary) after each of `ids` (new,), or after the last only. They then belong to `past`."""
+        start, new, total = past.length, len(ids), past.length + len(ids)
         given = (ids, np.ones(total), np.arange(start, total), np.arange(new - 1 if last else 0, new))
         feeds = {name: np.ascontiguousarray(array, np.int64) for name, array in zip(PLAIN, given, strict=True)}
         values = {name: self._value(feeds[name] if name == KEEP else feeds[name][None]) for name in self._takes}
-        logits, *present = self._session.run_with_ort_values(self._outputs, {**values, **past})
+        if self._appends:
+            self._make_room(past, total)
+        binding = self._session.io_binding()
+        for name, value in (values | past.values).items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits")
+        for name, value in past.values.items():
+            present = name.replace(PAST, PRESENT, 1)
+            if self._appends:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present)
+        self._session.run_with_iobinding(binding)
+        logits, *presents = binding.get_outputs()
+        if not self._appends:
+            past.values = dict(zip(past.values, presents, strict=True))
+        past.length = total
         found: Floats = logits.numpy()[0]
-        return found, dict(zip(self._sizes, present, strict=True))
+        return found
+
+    def _make_room(self, past: _Past, total: int) -> None:
+        """Move `past` into buffers of twice the size when `total` tokens do not fit into those that it has."""
+        for name, value in past.values.items():
+            _, heads, capacity, width = value.shape()
+            if capacity < total:
+                buffer = np.zeros((1, heads, max(total, 2 * capacity, ROOM), width), np.float32)
+                buffer[:, :, : past.length] = value.numpy()[:, :, : past.length]
+                past.values[name] = self._value(buffer)
 
 
 class OnnxScorer:
@@ -427,7 +502,7 @@ class OnnxScorer:
             logits = np.zeros((*part.shape, self._decoder.vocabulary), np.float32)
             for row, real in enumerate(mask[:, start : start + size] == 1):
                 if real.any():
-                    logits[row, real], pasts[row] = self._decoder.read(part[row, real], pasts[row])
+                    logits[row, real] = self._decoder.read(part[row, real], pasts[row])
             yield logits
 
 
@@ -444,7 +519,7 @@ class _Request:
     prompt: list[int]
     params: GenerationParams
     random: np.random.Generator
-    past: Past
+    past: _Past
     produced: list[int] = field(default_factory=list)
     read: int = 0
 
@@ -511,7 +586,7 @@ class OnnxEngine:
         tokens = request.prompt + request.produced
         chunk = tokens[request.read : request.read + self._chunk]
         request.read += len(chunk)
-        logits, request.past = self._decoder.read(np.array(chunk), request.past, last=True)
+        logits = self._decoder.read(np.array(chunk), request.past, last=True)
         return logits[-1] if request.read == len(tokens) else None
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> Floats:
@@ -524,7 +599,7 @@ class OnnxEngine:
         values: list[float] = []
         for start in range(0, len(tokens), self._chunk):
             chunk = np.array(tokens[start : start + self._chunk])
-            rows, past = self._decoder.read(chunk, past)
+            rows = self._decoder.read(chunk, past)
             following = tokens[start + 1 : start + 1 + len(chunk)]
             values.extend(float(log_softmax(row)[token]) for row, token in zip(rows, following, strict=False))
         return np.array(values, np.float32)

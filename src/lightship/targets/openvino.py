@@ -7,7 +7,6 @@ import ctypes
 import gc
 import io
 import json
-import logging
 import os
 import shutil
 import sys
@@ -23,7 +22,8 @@ from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
-from lightship.targets import _openvino_encoder
+from lightship.targets import _openvino_encoder, _openvino_seq2seq, _openvino_weights
+from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._tracing import tracing
 
 # openvino and nncf report to an analytics service as soon as they are imported, unless this package is missing; None is
@@ -50,7 +50,7 @@ SERVED_AT: dict[str, dict[str, Any]] = {
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
     """Write `checkpoint` as one graph, batch and length dynamic, padding by the attention mask: a decoder's is stateful
-    and padded on the left, an encoder's is neither.
+    and padded on the left, an encoder's is neither. An encoder-decoder becomes two, see `_seq2seq`.
 
     `dtype` overrides the dtype of the weights (`float32`, `bfloat16`); activations are traced in float32.
     Raises `UnsupportedError` when the exporter cannot trace the architecture.
@@ -58,16 +58,38 @@ def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> No
     import openvino as ov
 
     folder.mkdir(parents=True, exist_ok=True)
-    encodes = checkpoint.kind != "decoder"
-    graph = _openvino_encoder.trace(checkpoint, dtype) if encodes else _trace(checkpoint, dtype)
-    _drop_recorded_precision(graph)
-    _simplify(graph)
-    _count_rows_by_ids(graph)
-    ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
-    if encodes:
-        checkpoint.carry_files(folder)
-    else:
+    for name, graph in _traced(checkpoint, dtype).items():
+        _drop_recorded_precision(graph)
+        _simplify(graph)
+        if checkpoint.kind == "decoder":
+            _count_rows_by_ids(graph)
+        ov.save_model(graph, str(folder / name), compress_to_fp16=False)
+    if checkpoint.kind == "decoder":
         _write_tokenizer(checkpoint.carry(folder), folder)
+    elif checkpoint.kind == "seq2seq":
+        checkpoint.carry(folder)
+    else:
+        checkpoint.carry_files(folder)
+
+
+def _traced(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
+    """File name → `openvino.Model`."""
+    if checkpoint.kind == "seq2seq":
+        return _openvino_seq2seq.trace(checkpoint, dtype)
+    return {GRAPH: (_trace if checkpoint.kind == "decoder" else _openvino_encoder.trace)(checkpoint, dtype)}
+
+
+def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
+    """`precision` as encoder-decoders are shipped at, and what to tell about the difference: no calibration.
+
+    Raises `UnsupportedError` for GPTQ, which needs it."""
+    if precision.name != "int4":
+        return precision, []
+    if precision.gptq:
+        raise UnsupportedError("gptq is not available for encoder-decoders: they are quantised without calibration")
+    left_out = [name for name in ("awq", "scale_estimation") if precision.data_aware and getattr(precision, name)]
+    notes = [f"{' and '.join(left_out)} off: encoder-decoders are quantised without calibration"] if left_out else []
+    return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
 
 
 def settle_encoder(precision: Precision) -> None:
@@ -163,59 +185,32 @@ def _check_tokenizer(encoder: Any, tokenizer: Any) -> None:
 
 
 def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
-    """Compress the weights of the runtime folder `source` into `folder` (NNCF), embedding and head included.
+    """Compress the weights of the runtime folder `source` into `folder`, see `_openvino_weights`; `calibration` (token
+    sequences) feeds the data-aware options."""
+    import openvino as ov
 
-    int8 is symmetric per output channel. int4 is symmetric in groups along the input; embedding and head take
-    int8 unless `precision.all_layers`; `calibration` (token sequences) feeds the data-aware options.
-    """
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars would be drawn over ours
-        import nncf
-        import openvino as ov
-
-        nncf.set_log_level(logging.ERROR)
-        graph = ov.Core().read_model(source / GRAPH)
-        if precision.name == "int8":
-            graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-        else:
-            graph = _compress_int4(graph, precision, calibration)
         folder.mkdir(parents=True, exist_ok=True)
-        ov.save_model(graph, str(folder / GRAPH), compress_to_fp16=False)
-    del graph
-    gc.collect()
+        graphs = [path.name for path in sorted(source.glob("*_model.xml"))]
+        rows = [_graph_inputs(np.array([ids])) for ids in calibration]
+        for name in graphs:
+            graph = ov.Core().read_model(source / name)
+            graph = _openvino_weights.compress(graph, precision, rows, decodes=Checkpoint(source).kind == "decoder")
+            ov.save_model(graph, str(folder / name), compress_to_fp16=False)
+            del graph
+            gc.collect()
+    made = {name for graph in graphs for name in (graph, graph.replace(".xml", ".bin"))}
     for path in sorted(source.rglob("*")):
-        if path.is_file() and not path.name.startswith("openvino_model"):
+        if path.is_file() and path.name not in made:
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
 
 
-def _compress_int4(graph: Any, precision: Precision, calibration: Sequence[Sequence[int]]) -> Any:
-    import nncf
-
-    if precision.data_aware and not calibration:
-        raise UnsupportedError("int4 with awq, scale estimation or gptq needs a calibration set")
-    rows = [_graph_inputs(np.array([ids])) for ids in calibration]
-    try:
-        return nncf.compress_weights(
-            graph,
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=precision.group_size,
-            ratio=precision.ratio,
-            all_layers=precision.all_layers,
-            awq=precision.awq,
-            scale_estimation=precision.scale_estimation,
-            gptq=precision.gptq,
-            dataset=nncf.Dataset(rows) if precision.data_aware else None,
-        )
-    except nncf.errors.InvalidGroupSizeError as error:
-        raise UnsupportedError(
-            f"groups of {precision.group_size} do not divide every width of this model",
-            hint="choose a --group-size that does, such as 64 or 32",
-        ) from error
-
-
 def finish(folder: Path, precision: Precision) -> None:
-    """Record in `engine.json` the precisions at which this folder is served."""
+    """Record in `engine.json` the precisions at which this folder is served; of an encoder-decoder join the weights."""
+    if _is_pair(folder):
+        _openvino_seq2seq.join(folder)
     settings = dict(SERVED_AT[precision.name])
     if precision.arithmetic == "f32":
         settings["inference_precision"] = "f32"
@@ -293,9 +288,21 @@ class OpenVINOScorer:
             yield np.array(self._request.get_tensor("logits").data, np.float32)
 
 
-def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OpenVINOScorer:
+def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OpenVINOScorer | Seq2SeqScorer:
     """Load `folder` for scoring at the precisions it is served at."""
-    return OpenVINOScorer(folder, settings or EngineSettings())
+    settings = settings or EngineSettings()
+    if _is_pair(folder):
+        return Seq2SeqScorer(_open_pair(folder, settings))
+    return OpenVINOScorer(folder, settings)
+
+
+def _is_pair(folder: Path) -> bool:
+    """Whether `folder` holds an encoder-decoder."""
+    return (folder / _openvino_seq2seq.GRAPHS[0]).is_file()
+
+
+def _open_pair(folder: Path, settings: EngineSettings) -> _openvino_seq2seq.OpenVINOPair:
+    return _openvino_seq2seq.OpenVINOPair(folder, properties(folder, settings))
 
 
 def open_encoder(folder: Path, settings: EngineSettings | None = None) -> _openvino_encoder.OpenVINOEncoder:
@@ -476,8 +483,10 @@ def preload() -> None:
     import openvino_genai  # noqa: F401
 
 
-def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine:
+def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine | Seq2SeqEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
+    if _is_pair(folder):
+        return Seq2SeqEngine(_open_pair(folder, settings or EngineSettings()), folder)
     _check_graph(folder)
     return OpenVINOEngine(folder, settings or EngineSettings())
 

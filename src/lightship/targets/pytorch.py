@@ -15,7 +15,9 @@ from lightship.checkpoint import Checkpoint
 from lightship.encoder import OUTPUTS
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import UnsupportedError
+from lightship.seq2seq import Seq2Seq
 from lightship.targets._encoder import joined, takes_types
+from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 
 EXTRA = "build"
 
@@ -128,9 +130,62 @@ def _restore(module: Any, arguments: Any, output: Any) -> None:
         getattr(module, name).data = data
 
 
-def open_scorer(folder: Path, settings: EngineSettings | None = None) -> TorchScorer:
+class TorchPair:
+    """An encoder-decoder as `dtype` (default: its own), a `Runtime`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+        self._model: Any = checkpoint.load(dtype)
+
+    def encode(self, source: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> None:
+        import torch
+
+        self._mask = torch.from_numpy(mask)
+        with torch.inference_mode():
+            self._read = self._model.get_encoder()(input_ids=torch.from_numpy(source), attention_mask=self._mask)
+        self.restart()
+
+    def restart(self) -> None:
+        self._cache: Any = None
+
+    def decode(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            out = self._model(
+                decoder_input_ids=torch.from_numpy(np.ascontiguousarray(ids)), encoder_outputs=self._read,
+                attention_mask=self._mask, past_key_values=self._cache, use_cache=True,
+            )  # fmt: skip
+        self._cache = out.past_key_values
+        found: npt.NDArray[np.float32] = out.logits.float().numpy()
+        return found
+
+
+class TorchPairScorer(Seq2SeqScorer):
+    """An encoder-decoder computed in float32, its weights widened once: T5's own code would round what it computes to
+    the dtype of its weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(TorchPair(checkpoint, "float32"))
+        self.about = Seq2Seq.load(checkpoint.folder)
+
+    def greedy(self, sources: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """What is written for each of `sources`, greedily, `new_tokens` long (end-of-text does not stop them)."""
+        ids, mask = self.about.padded(sources)
+        self.runtime.encode(ids, mask)
+        new, found = np.tile(np.array(self.about.start, np.int64), (len(ids), 1)), []
+        for _ in range(new_tokens):
+            logits = self.runtime.decode(new)[:, -1]
+            logits[:, list(self.about.never)] = -np.inf
+            new = logits.argmax(-1)[:, None]
+            found.append(new)
+        written: list[list[int]] = np.concatenate(found, 1).tolist()
+        return written
+
+
+def open_scorer(folder: Path, settings: EngineSettings | None = None) -> TorchScorer | TorchPairScorer:
     """Load the checkpoint in `folder` for scoring; `settings` has no effect here."""
-    return TorchScorer(Checkpoint(folder))
+    checkpoint = Checkpoint(folder)
+    return TorchPairScorer(checkpoint) if checkpoint.kind == "seq2seq" else TorchScorer(checkpoint)
 
 
 class TorchEngine:
@@ -193,8 +248,11 @@ class TorchEngine:
         del self._model
 
 
-def open(folder: Path, settings: EngineSettings | None = None) -> TorchEngine:
+def open(folder: Path, settings: EngineSettings | None = None) -> TorchEngine | Seq2SeqEngine:
     """Load the checkpoint in `folder` to measure its speed and memory."""
+    checkpoint = Checkpoint(folder)
+    if checkpoint.kind == "seq2seq":
+        return Seq2SeqEngine(TorchPair(checkpoint), folder)
     return TorchEngine(folder, settings or EngineSettings())
 
 
