@@ -28,9 +28,8 @@ from lightship.recipe import Recipe
 
 ALWAYS = ("torch", "transformers", "safetensors")  # the original is computed with them, whatever the target
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-WIDTH_KEYS = ("hidden_size", "dim")
+WIDTH_KEYS, HEAD_KEYS = ("hidden_size", "dim"), ("num_attention_heads", "n_heads")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-LONGEST = 512  # tokens of context up to which encoders were measured: attention grows with the square
 MEASURED = ("openvino", "onnx")  # the targets that `costs` and `encoder_costs` were fitted to
 CLOSE = 0.9  # a need above this share of what is free is said
 
@@ -73,13 +72,10 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
         tied = len(tables) == 1
         shape = Shape(name, layers, parameters, tables[0], tied, vocabulary, context, width, size, tokenizer)
     else:
-        hidden = _first(config, WIDTH_KEYS)
-        if hidden is None:
-            return Seen(largest, config, reason="config.json does not give the width of a layer")
-        limit = context_of(checkpoint)
-        if limit > LONGEST:
-            return Seen(largest, config, reason=f"encoders of more than {LONGEST} tokens have not been measured")
-        shape = EncoderShape(name, layers, parameters, tables[0], hidden, limit, width, size, tokenizer)
+        hidden, heads, limit = _first(config, WIDTH_KEYS), _first(config, HEAD_KEYS), context_of(checkpoint)
+        if hidden is None or heads is None:
+            return Seen(largest, config, reason="config.json does not give the width of a layer and its heads")
+        shape = EncoderShape(name, layers, parameters, tables[0], hidden, heads, limit, width, size, tokenizer)
     return Seen(largest, config, shape)
 
 
