@@ -38,7 +38,7 @@ def test_the_shape_of_an_encoder(embedder):
     model, shape = embedder.load(), peek(str(embedder.folder)).shape
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.table == model.get_input_embeddings().weight.numel()
-    assert (shape.layers, shape.hidden, shape.context, shape.width) == (2, 64, 160, 4)
+    assert (shape.layers, shape.hidden, shape.heads, shape.context, shape.width) == (2, 64, 4, 160, 4)
     assert (shape.size, shape.files) == (embedder.weight_bytes, (embedder.folder / "tokenizer.json").stat().st_size)
 
 
@@ -51,7 +51,6 @@ def test_the_context_is_that_of_the_encoder(copy, tmp_path):
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"num_hidden_groups": 1}, "share their weights"),
-    ({"max_position_embeddings": 2048}, "more than 512 tokens"),
     ({"hidden_size": None}, "width of a layer"),
 ])  # fmt: skip
 def test_what_is_not_predicted_says_so(copy, tmp_path, changes, says):
@@ -128,3 +127,5 @@ def test_more_work_costs_more(embedder):
     assert totals(tokens=amount(160, 256, 15))[0] > seconds
     assert all(one < both for one, both in zip(totals(large, targets=("onnx",)), totals(large), strict=True))
     assert totals(large, Precision(name="fp32"))[2] > totals(large)[2]
+    longer = amount(2048, 64, 5)  # the scores of attention grow with the square
+    assert all(more > less for more, less in zip(totals(tokens=longer)[:2], (seconds, memory), strict=True))

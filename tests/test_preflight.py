@@ -113,6 +113,11 @@ def test_mixtures_of_experts_and_targets_not_measured(copy, tmp_path):
     other = recipe.model_copy(update={"target": "elsewhere"})
     planned = preflight.plan(other, peek(recipe.source), lambda rates: {}, ("read",), tmp_path / "out")
     assert "target elsewhere has not been measured" in planned.said() and planned.to_dict()["seconds"] is None
+    exact = Recipe(source=str(copy.folder), target="onnx", precision=Precision(name="int8", arithmetic="f32"))
+    assert "arithmetic f32 has not been measured" in plan_ship(exact, tmp_path / "out").said()
+    edit(copy.folder / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
+    assert "encoder-decoders have not been measured" in plan_ship(recipe, tmp_path / "out").said()
+    edit(copy.folder / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
     gptq = Recipe(source=str(copy.folder), precision=Precision(name="int4", gptq=True))
     assert "gptq" in plan_ship(gptq, tmp_path / "out").said()
 
@@ -129,7 +134,8 @@ def test_disk_is_predicted_as_it_is_used(llama, tmp_path):
     for stage, files in (("original", "*.npy"), ("export", "*model.bin"), ("quantise", "*model.bin")):
         folder = next((tmp_path / "runs" / "tiny").glob(f"0?-{stage}-*"))
         size = sum(path.stat().st_size for path in folder.rglob(files))
-        fixed = 0 if stage == "original" else costs.GRAPH_LAYER * shape.layers + costs.TOKENIZERS * shape.files
+        constants = costs.TARGETS["openvino"]
+        fixed = 0 if stage == "original" else constants.graph_layer * shape.layers + constants.tokenizers * shape.files
         assert predicted[stage].kept - fixed == pytest.approx(size, rel=0.05), stage
     scored = bundle.report.get("kld").n
     assert predicted["evaluate"].passing == scored * shape.vocabulary * 4
@@ -141,7 +147,9 @@ def test_disk_is_predicted_as_it_is_used(llama, tmp_path):
 ])  # fmt: skip
 def test_bytes_of_a_weight(llama, precision, share):
     shape = replace(peek(str(llama.folder)).shape, layers=0)
-    assert costs.served_bytes(shape, precision) == pytest.approx(share * shape.parameters)
+    integers = precision.name in ("int8", "int4") and not precision.all_layers
+    head = 2 / 64 * shape.table if integers else 0  # its scales
+    assert costs.served_bytes(shape, precision) == pytest.approx(share * shape.parameters + head)
 
 
 def test_more_work_costs_more(llama):
@@ -166,8 +174,22 @@ def test_more_work_costs_more(llama):
         assert totals(large, Precision(name="int4"), searched)[figure] > totals(large)[figure]
 
 
-def test_every_stage_has_its_cost():
+def test_every_stage_has_its_cost(llama, tmp_path):
     assert set(costs.STAGES) == set(STAGES)
+    for target in costs.TARGETS:
+        assert plan_ship(Recipe(source=str(llama.folder), target=target), tmp_path / "out").predicted
+
+
+@pytest.mark.parametrize("precision", [
+    Precision(name="fp32"), Precision(name="int8"), Precision(name="int4", awq=False, scale_estimation=False),
+], ids=["fp32", "int8", "int4"])  # fmt: skip
+def test_onnx_takes_more_memory_and_disk(llama, precision):
+    """Its exports are in float32, its scales are finer, and its room is not given back."""
+    shape = replace(peek(str(llama.folder)).shape, parameters=10**9, size=2 * 10**9, table=10**8, width=2)
+    tokens = amount(Recipe(source="x"), shape.context)
+    one, other = (costs.predict(shape, precision, tokens, STEADY, target) for target in ("openvino", "onnx"))
+    assert other["export"].kept > 3.9e9 and other["evaluate"].memory > one["evaluate"].memory
+    assert (other["quantise"].kept > one["quantise"].kept) == (precision.name != "fp32")
 
 
 def test_a_plan_adds_up(tmp_path):

@@ -19,7 +19,8 @@ Costs = dict[str, "Cost"]
 class Shape:
     """A decoder language model as its headers describe it. `table` is the embedding's share of `parameters`; `tied`
     says that it is the output layer too. `width` is bytes of a weight in the checkpoint that is read, `size` that of
-    all its weights, `files` of its tokenizer; `unpacked`: bytes of the file that it is unpacked from."""
+    all its weights, `files` of its tokenizer; `unpacked`: bytes of the file that it is unpacked from, `adapter`: of
+    the adapter that is merged into it."""
 
     architecture: str
     layers: int
@@ -32,6 +33,7 @@ class Shape:
     size: int
     files: int
     unpacked: int = 0
+    adapter: int = 0
 
     @property
     def multiplied(self) -> int:
@@ -114,24 +116,27 @@ def rates(file: Path | None, arithmetic: str) -> Rates:
 FLOAT = 4
 WIDTHS = {"fp32": 4, "bf16": 2}  # bytes of a weight where the precision, not the source, decides
 BLOCK = 128  # positions compared at a time
-SCALE = 2  # bytes of a scale of int4
-GRAPH_LAYER = 75e3  # bytes of a layer's description in the graph
-TOKENIZERS = 1.75  # files of the tokenizer in a runtime folder over those of the checkpoint
 
 
-def exported_bytes(shape: Shape, precision: Precision) -> float:
-    """The graph as it is exported."""
-    return shape.parameters * WIDTHS.get(precision.name, shape.width) + GRAPH_LAYER * shape.layers
+def exported_bytes(shape: Shape, precision: Precision, target: str = "openvino") -> float:
+    """The graph as it is exported; to ONNX always in float32."""
+    width = FLOAT if target == "onnx" else WIDTHS.get(precision.name, shape.width)
+    return shape.parameters * width + TARGETS[target].graph_layer * shape.layers
 
 
-def served_bytes(shape: Shape, precision: Precision) -> float:
-    """The graph as it is served."""
+def served_bytes(shape: Shape, precision: Precision, target: str = "openvino") -> float:
+    """The graph as it is served. OpenVINO's scales are of 2 bytes, in int8 too few to count but for the head's, one for
+    64 weights; ONNX Runtime's are of 4, one for each group, in int8 of 64."""
     if precision.name not in ("int8", "int4"):
-        return exported_bytes(shape, precision)
+        return exported_bytes(shape, precision, target)
     tables = shape.table * (1 if shape.tied else 2)
     narrow = 0.0 if precision.name == "int8" else shape.parameters - (0 if precision.all_layers else tables)
     narrow *= precision.ratio
-    return shape.parameters - narrow / 2 + narrow * SCALE / precision.group_size + GRAPH_LAYER * shape.layers
+    if target == "onnx":
+        scales = 4 * shape.parameters / (64 if precision.name == "int8" else precision.group_size)
+    else:
+        scales = 2 * narrow / precision.group_size + (0 if precision.all_layers else 2 * shape.table / 64)
+    return shape.parameters - narrow / 2 + scales + TARGETS[target].graph_layer * shape.layers
 
 
 def recorded_bytes(shape: Shape, positions: int) -> float:
@@ -139,26 +144,65 @@ def recorded_bytes(shape: Shape, positions: int) -> float:
     return float(positions) * shape.vocabulary * FLOAT
 
 
-# ── The stages ──────────────────────────────────────────────────────────────
+# ── Constants ───────────────────────────────────────────────────────────────
 # Seconds were taken on 2 cores of an AMD EPYC with AVX-512; `slow` carries those that plain Python takes elsewhere.
 
-IMPORT, OPEN, PROBE = 5.0, 1.5, 2.0  # PyTorch and transformers; a graph in OpenVINO; a fresh process
-TRACE, TRACE_LAYER = 20.0, 1.2  # export, with the tokenizer's conversion
-QUANTISE, QUANTISE_LAYER = 5.0, 0.2
+
+@dataclass(frozen=True)
+class _Target:
+    """What differs between runtimes. Seconds: an export and each of its layers, with the tokenizer's conversion; a
+    graph opened, each of its layers, each byte of its floats or integers; quantising, each layer, each byte exported.
+    Speed over float32 of what is quantised, None where it is that of the processor's fastest arithmetic. Bytes: of a
+    layer's description, of memory that tracing a layer takes, of the runtime at work. Files of the tokenizer over those
+    of the checkpoint. Copies of the weights in memory: of an open graph; of the export, what stays once it was open;
+    `mapped`: quantising leaves the export mapped, and the checkpoint is while the export is compared."""
+
+    trace: float
+    trace_layer: float
+    open: float
+    open_layer: float
+    floats: float
+    integers: float
+    quantise: float
+    quantise_layer: float
+    quantise_byte: float
+    faster: float | None
+    graph_layer: float
+    trace_memory: float
+    runtime: float
+    tokenizers: float
+    opened: float
+    kept: float
+    mapped: bool
+
+
+TARGETS = {
+    "openvino": _Target(
+        trace=20.0, trace_layer=1.2, open=1.5, open_layer=0.05, floats=1e-9, integers=4e-9, quantise=5.0,
+        quantise_layer=0.2, quantise_byte=3e-9, faster=None, graph_layer=75e3, trace_memory=11e6, runtime=0.35e9,
+        tokenizers=1.75, opened=2.0, kept=0.0, mapped=False,
+    ),
+    "onnx": _Target(
+        trace=4.0, trace_layer=3.5, open=0.5, open_layer=0.03, floats=1e-9, integers=4e-9, quantise=0.3,
+        quantise_layer=0.0, quantise_byte=1.5e-9, faster=1.5, graph_layer=5e3, trace_memory=22e6, runtime=0.0,
+        tokenizers=1.0, opened=2.35, kept=2.0, mapped=True,
+    ),
+}  # fmt: skip
+IMPORT, PROBE = 5.0, 2.0  # PyTorch and transformers; a fresh process
 SEARCH = 3.8e-7  # a weight of the body, whose scale is searched with calibration data
-OPEN_LAYER, STEP_LAYER = 0.05, 1e-3  # a graph compiled; one token through PyTorch
-UNPACK = 1.5e-7  # a parameter out of a GGUF file
+STEP_LAYER = 1e-3  # one token through PyTorch
+UNPACK, MERGE = 1.5e-7, 1e-8  # a parameter out of a GGUF file; one that an adapter changes
 LOAD, WIDEN = 3.0, 1.2e-9  # the original, once in memory; one of its 16-bit parameters widened for a pass
 WRITE = 3e-9  # a byte of a graph, made and written
-PACK_FLOATS, PACK_INTEGERS = 1e-9, 4e-9  # a byte of weights, brought into the order that the processor wants
 RECORD, COMPARE, SORT = 6e-9, 20e-9, 85e-9  # a log-probability
 STREAM = 0.45  # share of the memory rate at which single tokens read the weights
 
 LIBRARIES, HEAP = 0.45e9, 0.75e9  # RSS with PyTorch loaded; after an export, which leaves something behind
-RUNTIME = 0.35e9  # OpenVINO at work, weights apart
-TRACE_MEMORY = 11e6  # of a layer
 UNPACK_MEMORY = 1.55  # copies of the weights
 SEARCH_MEMORY = 3.55  # copies of the graph
+
+
+# ── The stages ──────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -169,19 +213,36 @@ class _Run:
     precision: Precision
     amount: Amount
     rates: Rates
+    target: str
+
+    @property
+    def of(self) -> _Target:
+        """The constants of the target."""
+        return TARGETS[self.target]
 
     @property
     def exported(self) -> float:
-        return exported_bytes(self.shape, self.precision)
+        return exported_bytes(self.shape, self.precision, self.target)
 
     @property
     def served(self) -> float:
-        return served_bytes(self.shape, self.precision)
+        return served_bytes(self.shape, self.precision, self.target)
+
+    @property
+    def quantised(self) -> bool:
+        return self.precision.name in ("int8", "int4")
 
     @property
     def runtime(self) -> float:
         """The runtime folder."""
-        return self.served + TOKENIZERS * self.shape.files
+        return self.served + self.of.tokenizers * self.shape.files
+
+    @property
+    def fast(self) -> float:
+        """Operations a second of what is served."""
+        if self.of.faster is None:
+            return self.rates.fast
+        return self.rates.exact * (self.of.faster if self.quantised else 1.0)
 
     @property
     def hashing(self) -> float:
@@ -209,13 +270,12 @@ class _Run:
 
     def opened(self, size: float, byte: float) -> float:
         """Seconds to open a graph of `size` bytes, `byte` for each of them."""
-        return (OPEN + OPEN_LAYER * self.shape.layers) * self.rates.slow + byte * size
+        return (self.of.open + self.of.open_layer * self.shape.layers) * self.rates.slow + byte * size
 
     @property
     def opened_served(self) -> float:
         """Seconds to open the graph that is served."""
-        integers = self.precision.name in ("int8", "int4")
-        return self.opened(self.served, PACK_INTEGERS if integers else PACK_FLOATS)
+        return self.opened(self.served, self.of.integers if self.quantised else self.of.floats)
 
     def original_memory(self, positions: int) -> float:
         """The checkpoint with the logits of `positions`; 16-bit weights are widened module by module, so the table."""
@@ -224,24 +284,45 @@ class _Run:
 
     def graph_memory(self, size: float) -> float:
         """A graph: its file is mapped, its weights are laid out anew; logits of a block."""
-        return 2 * size + RUNTIME + 3 * self.logits(BLOCK)
+        return self.of.opened * size + self.of.runtime + 3 * self.logits(BLOCK)
+
+    @property
+    def held(self) -> float:
+        """What stays of the export once it was open: its room is used again."""
+        return self.of.kept * self.exported
+
+    @property
+    def served_memory(self) -> float:
+        """The graph that is served, beside what its making left."""
+        left = self.held + (self.exported if self.of.mapped and self.quantised else 0.0)
+        return max(left, self.graph_memory(self.served))
 
 
 def _read(run: _Run) -> Cost:
-    """Headers and text; a file is unpacked into a checkpoint."""
+    """Headers and text; a file is unpacked into a checkpoint, an adapter merged into one."""
     shape, slow = run.shape, run.rates.slow
-    if not shape.unpacked:
+    if not (shape.unpacked or shape.adapter):
         return Cost(2 * slow + run.hashing, 0.1e9)
-    seconds = (2 + IMPORT + UNPACK * shape.parameters) * slow + WRITE * shape.size + run.hashing
-    memory = LIBRARIES + shape.unpacked + UNPACK_MEMORY * FLOAT * shape.parameters
-    return Cost(seconds, memory, kept=shape.size + shape.files)
+    seconds, memory, base = (2 + IMPORT) * slow + run.hashing, 0.0, 0.0
+    if shape.unpacked:
+        seconds += UNPACK * shape.parameters * slow + WRITE * shape.size
+        memory = shape.unpacked + UNPACK_MEMORY * FLOAT * shape.parameters
+    if shape.adapter:
+        seconds += MERGE * shape.parameters * slow + WRITE * shape.size + run.hashing
+        memory = max(memory, shape.size + shape.adapter + 0.1e9)
+        base = float(shape.size) if shape.unpacked else 0.0  # the base is there until it is merged
+    return Cost(seconds, LIBRARIES + memory, kept=shape.size + shape.files, passing=base)
 
 
 def _original(run: _Run) -> Cost:
     """Every gate row through the original in float32, its greedy continuations, its log-probabilities written."""
     shape, rates, amount = run.shape, run.rates, run.amount
     kept = run.logits(amount.gate_kept)
-    seconds = (LOAD + (0 if shape.unpacked else IMPORT)) * rates.slow + run.hashing + amount.greedy * run.step()
+    seconds = (
+        (LOAD + (0 if shape.unpacked or shape.adapter else IMPORT)) * rates.slow
+        + run.hashing
+        + amount.greedy * run.step()
+    )
     seconds += run.exact(amount.gate, passes=3) + RECORD * kept / FLOAT
     return Cost(seconds, LIBRARIES + run.original_memory(amount.longest), kept=kept)
 
@@ -249,26 +330,28 @@ def _original(run: _Run) -> Cost:
 def _export(run: _Run) -> Cost:
     """The graph traced and written, the tokenizer converted."""
     shape = run.shape
-    seconds = (TRACE + TRACE_LAYER * shape.layers) * run.rates.slow + WRITE * run.exported
-    traced = TRACE_MEMORY * shape.layers
-    converted = WIDTHS.get(run.precision.name, shape.width) != shape.width
-    weights = run.exported + max(shape.size, traced) if converted else shape.size + traced
-    return Cost(seconds, LIBRARIES + weights, kept=run.exported + TOKENIZERS * shape.files)
+    seconds = (run.of.trace + run.of.trace_layer * shape.layers) * run.rates.slow + WRITE * run.exported
+    traced = run.of.trace_memory * shape.layers
+    width = FLOAT if run.target == "onnx" else WIDTHS.get(run.precision.name, shape.width)
+    weights = run.exported + max(shape.size, traced) if width != shape.width else shape.size + traced
+    return Cost(seconds, LIBRARIES + weights, kept=run.exported + run.of.tokenizers * shape.files)
 
 
 def _gate_export(run: _Run) -> Cost:
     """Every gate row through the export in float32, compared with the original."""
-    seconds = run.opened(run.exported, PACK_FLOATS) + run.operations(run.amount.gate) / run.rates.exact + run.compared()
-    return Cost(seconds, HEAP + run.graph_memory(run.exported))
+    seconds = run.opened(run.exported, run.of.floats) + run.operations(run.amount.gate) / run.rates.exact
+    mapped = run.shape.size if run.of.mapped else 0.0
+    return Cost(seconds + run.compared(), HEAP + mapped + run.graph_memory(run.exported))
 
 
 def _quantise(run: _Run) -> Cost:
-    if run.precision.name not in ("int8", "int4"):
-        return Cost(2 * run.exported / run.rates.file, HEAP, kept=run.runtime)
-    seconds = (QUANTISE + QUANTISE_LAYER * run.shape.layers) * run.rates.slow + WRITE * run.exported
-    memory = HEAP + run.exported + run.served
+    if not run.quantised:
+        return Cost(2 * run.exported / run.rates.file, HEAP + run.held, kept=run.runtime)
+    seconds = (run.of.quantise + run.of.quantise_layer * run.shape.layers) * run.rates.slow
+    seconds += run.of.quantise_byte * run.exported
+    memory = HEAP + max(run.served, run.held) + run.exported
     if run.precision.data_aware:
-        seconds += run.operations(run.amount.calibrate) / run.rates.fast
+        seconds += run.operations(run.amount.calibrate) / run.fast
         seconds += SEARCH * (run.shape.parameters - run.shape.table) * run.rates.slow
         memory = HEAP + SEARCH_MEMORY * run.exported
     return Cost(seconds, memory, kept=run.runtime)
@@ -276,14 +359,14 @@ def _quantise(run: _Run) -> Cost:
 
 def _gate(run: _Run) -> Cost:
     """Every gate row through the candidate."""
-    seconds = run.opened_served + run.operations(run.amount.gate) / run.rates.fast + run.compared()
-    return Cost(seconds, HEAP + run.graph_memory(run.served))
+    seconds = run.opened_served + run.operations(run.amount.gate) / run.fast + run.compared()
+    return Cost(seconds, HEAP + run.served_memory)
 
 
 def _served_path(run: _Run) -> Cost:
-    """The longest row through continuous batching."""
-    seconds = OPEN * run.rates.slow + run.opened_served + run.operations(run.amount.longest) / run.rates.fast
-    return Cost(seconds, HEAP + run.graph_memory(run.served))
+    """The longest row through the engine that serves."""
+    seconds = run.of.open * run.rates.slow + run.opened_served + run.operations(run.amount.longest) / run.fast
+    return Cost(seconds, HEAP + run.served_memory)
 
 
 def _evaluate(run: _Run) -> Cost:
@@ -291,11 +374,11 @@ def _evaluate(run: _Run) -> Cost:
     shape, rates, amount = run.shape, run.rates, run.amount
     passing = run.logits(amount.score_kept)
     seconds = LOAD * rates.slow + run.exact(amount.score, passes=amount.passages) + RECORD * passing / FLOAT
-    seconds += run.opened_served + run.operations(amount.score) / rates.fast + COMPARE * passing / FLOAT
+    seconds += run.opened_served + run.operations(amount.score) / run.fast + COMPARE * passing / FLOAT
     speed = rates.fast if shape.width == 2 else rates.exact
     original = run.operations(amount.prompt) / speed + amount.new_tokens * run.step()
     token = run.served / (STREAM * rates.memory)
-    candidate = run.operations(amount.prompt) / rates.fast + amount.new_tokens * token
+    candidate = run.operations(amount.prompt) / run.fast + amount.new_tokens * token
     seconds += (2 * PROBE + IMPORT + LOAD) * rates.slow + run.opened_served
     seconds += amount.speed_runs * (original + candidate) + run.hashing
     memory = max(
@@ -303,13 +386,13 @@ def _evaluate(run: _Run) -> Cost:
         run.graph_memory(run.served),
         LIBRARIES + shape.size + 0.1e9,  # the original in its own process, beside this one
     )
-    return Cost(seconds, HEAP + memory, passing=passing)
+    return Cost(seconds, HEAP + run.held + memory, passing=passing)
 
 
 def _pack(run: _Run) -> Cost:
     """The likeliest tokens of the longest row sorted out, the runtime folder copied and hashed, twice."""
     sorting = SORT * run.logits(run.amount.longest) / FLOAT
-    return Cost(sorting + 3 * run.runtime / run.rates.file + run.hashing, HEAP, kept=run.runtime)
+    return Cost(sorting + 3 * run.runtime / run.rates.file + run.hashing, HEAP + run.held, kept=run.runtime)
 
 
 STAGES = {
@@ -325,7 +408,7 @@ STAGES = {
 }
 
 
-def predict(shape: Shape, precision: Precision, amount: Amount, rates: Rates) -> Costs:
-    """What each stage costs with the target openvino."""
-    run = _Run(shape, precision, amount, rates)
+def predict(shape: Shape, precision: Precision, amount: Amount, rates: Rates, target: str = "openvino") -> Costs:
+    """What each stage costs with `target`."""
+    run = _Run(shape, precision, amount, rates, target)
     return {name: stage(run) for name, stage in STAGES.items()}

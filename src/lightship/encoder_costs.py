@@ -1,6 +1,7 @@
 """What a run costs with an encoder, stage by stage; beside `costs`, which holds decoders and what both share.
 
-One function a stage. The constants were fitted to all-MiniLM-L6-v2 and to a random BERT of the base size.
+One function a stage. The constants were fitted to all-MiniLM-L6-v2, to a random BERT of the base size, and to a short
+one of 2 048 tokens of context.
 """
 
 from __future__ import annotations
@@ -8,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightship.costs import FLOAT, IMPORT, PROBE, WIDTHS, WRITE, Cost, Costs, Rates
+from lightship.costs import FLOAT, WIDTHS, WRITE, Cost, Costs, Rates
 from lightship.recipe import Precision
 
 
 @dataclass(frozen=True)
 class EncoderShape:
     """An encoder as its headers describe it. `table` is the share of `parameters` that is only looked up, `hidden` the
-    width of a token's vector; the rest as in `costs.Shape`."""
+    width of a token's vector, `heads` those of attention; the rest as in `costs.Shape`."""
 
     architecture: str
     layers: int
     parameters: int
     table: int
     hidden: int
+    heads: int
     context: int
     width: int
     size: int
@@ -53,7 +55,7 @@ class _Target:
     """What differs between runtimes. Seconds: to trace a graph and each of its layers, to open it and each of its
     layers, to quantise and for each byte of what is quantised. Bytes: RSS of the libraries, of the quantiser's, of a
     layer's description. Copies of the weights: of an open graph, its file apart; of float32 ones what stays in memory
-    once a graph was open, and what quantising takes."""
+    once a graph was open, and what quantising takes; of the scores of attention, those that are there at a time."""
 
     trace: float
     trace_layer: float
@@ -67,24 +69,29 @@ class _Target:
     opened: float
     kept: float
     quantised: float
+    scores: float
 
 
 TARGETS = {
     "openvino": _Target(
-        trace=0.5, trace_layer=0.45, open=0.4, open_layer=0.05, quantise=1.6, quantise_byte=7e-9,
-        libraries=0.07e9, quantiser=0.05e9, layer=40e3, opened=1.5, kept=0.0, quantised=1.35,
+        trace=0.4, trace_layer=0.4, open=0.4, open_layer=0.05, quantise=1.6, quantise_byte=7e-9,
+        libraries=0.07e9, quantiser=0.05e9, layer=40e3, opened=1.35, kept=0.0, quantised=1.35,
+        scores=0.0,
     ),
     "onnx": _Target(
-        trace=1.0, trace_layer=1.25, open=0.2, open_layer=0.03, quantise=0.5, quantise_byte=15e-9,
-        libraries=0.11e9, quantiser=0.0, layer=20e3, opened=1.35, kept=2.0, quantised=4.6,
+        trace=0.8, trace_layer=1.1, open=0.2, open_layer=0.03, quantise=0.5, quantise_byte=15e-9,
+        libraries=0.11e9, quantiser=0.0, layer=20e3, opened=1.0, kept=2.0, quantised=4.6,
+        scores=2.2,
     ),
 }  # fmt: skip
-LOAD, EXPORTERS, CALL_LAYER = 1.0, 3.5, 1e-3  # the original; the exporters' imports; a layer of one call
+FIRST, AGAIN, PROBE = 4.2, 0.3, 0.8  # the original with PyTorch's import; once more; a fresh process
+EXPORTERS, CALL_LAYER = 3.0, 1e-3  # their import; a layer of one call
 PYTORCH = 0.55  # speed of the original over `Rates.exact`
-PACK = 4e-9  # a byte of weights in float32, brought into the order that the processor wants
+SCORE = 5e-9  # a score of attention, from which a probability is made
+PACK = 2e-9  # a byte of weights in float32, brought into the order that the processor wants
 
 LIBRARIES, EXPORTING = 0.41e9, 0.05e9  # RSS with PyTorch loaded; more of it with its exporters
-ACTIVATIONS = 18  # vectors of float32 that a position of the original takes
+ACTIVATIONS = 18  # vectors of float32 that a position of a batch takes
 
 
 # ── The stages ──────────────────────────────────────────────────────────────
@@ -129,7 +136,8 @@ class _Run:
         """Seconds to compute `positions` in rows of `length`: every weight but the table's, and attention."""
         shape = self.shape
         each = 2 * (shape.parameters - shape.table) + 4 * length * shape.hidden * shape.layers
-        return positions * each / rate + calls * CALL_LAYER * shape.layers * self.rates.slow
+        scores = SCORE * positions * length * shape.heads * shape.layers
+        return positions * each / rate + scores + calls * CALL_LAYER * shape.layers * self.rates.slow
 
     def gated(self, rate: float) -> float:
         """Seconds to compute the gate's rows; most positions are those of the batch with the longest one."""
@@ -170,7 +178,13 @@ class _Run:
 
     def open_memory(self, target: str, size: float) -> float:
         """A graph of `size` at work: its file is mapped, its weights are laid out anew."""
-        return self.libraries(target) + max((1 + TARGETS[target].opened) * size, TARGETS[target].kept * self.floats)
+        weights = max((1 + TARGETS[target].opened) * size, TARGETS[target].kept * self.floats)
+        return self.libraries(target) + weights + self.batch_memory(target)
+
+    def batch_memory(self, target: str) -> float:
+        """What a graph computes of the largest batch."""
+        scores = FLOAT * self.amount.widest * self.amount.longest * self.shape.heads
+        return self.activations(self.amount.widest) + TARGETS[target].scores * scores
 
     @property
     def original_memory(self) -> float:
@@ -178,7 +192,7 @@ class _Run:
         return self.floats if self.shape.width == FLOAT else self.shape.size + self.floats
 
     def activations(self, positions: int) -> float:
-        """What the original computes of a batch, as much as is there at a time."""
+        """What is computed of a batch, as much as is there at a time."""
         return float(ACTIVATIONS * FLOAT * self.shape.hidden * positions)
 
 
@@ -189,7 +203,7 @@ def _read(run: _Run) -> Cost:
 
 def _original(run: _Run) -> Cost:
     """The gate's rows through the original in float32; what they mean is written."""
-    seconds = (IMPORT + LOAD) * run.rates.slow + run.hashing + run.gated(run.original)
+    seconds = FIRST * run.rates.slow + run.hashing + run.gated(run.original)
     return Cost(seconds, LIBRARIES + run.original_memory + run.activations(run.amount.widest))
 
 
@@ -205,7 +219,8 @@ def _export(run: _Run, target: str) -> Cost:
 def _gate_export(run: _Run, target: str) -> Cost:
     """The gate's rows through the export in float32; of OpenVINO while the checkpoint is still mapped."""
     seconds = run.opened(target) + run.gated(run.rates.exact)
-    memory = run.libraries(target) + run.exported(target) + TARGETS[target].opened * run.floats
+    weights = run.exported(target) + TARGETS[target].opened * run.floats
+    memory = run.libraries(target) + weights + run.batch_memory(target)
     return Cost(seconds, memory + (run.shape.size if target == "openvino" else 0.0))
 
 
@@ -226,8 +241,8 @@ def _gate(run: _Run, target: str) -> Cost:
 def _evaluate(run: _Run) -> Cost:
     """Held-out rows through original and candidates; then the speed of each in a process of its own, beside this."""
     slow = run.rates.slow
-    seconds = LOAD * slow + run.hashing + run.scored(run.original)
-    seconds += (PROBE + IMPORT + LOAD) * slow + run.timed(run.original)
+    seconds = AGAIN * slow + run.hashing + run.scored(run.original)
+    seconds += (PROBE + FIRST) * slow + run.timed(run.original)
     for target in run.targets:
         seconds += run.opened(target) + run.scored(run.candidate)
         seconds += PROBE * slow + run.opened(target) + run.timed(run.candidate)

@@ -133,8 +133,8 @@ class Settled:
         if isinstance(shape, EncoderShape):
             count = encoder_pipeline.amount(recipe, shape.context)
             return encoder_costs.predict(shape, recipe.precision, count, rates, self.encoders)
-        assert shape is not None  # else nothing is asked
-        return costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates)
+        assert shape is not None and recipe.target  # else nothing is asked
+        return costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates, recipe.target)
 
 
 def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) -> Settled:

@@ -28,9 +28,8 @@ from lightship.recipe import Recipe
 
 ALWAYS = ("torch", "transformers", "safetensors")  # the original is computed with them, whatever the target
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-WIDTH_KEYS = ("hidden_size", "dim")
+WIDTH_KEYS, HEAD_KEYS = ("hidden_size", "dim"), ("num_attention_heads", "n_heads")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-LONGEST = 512  # tokens of context up to which encoders were measured: attention grows with the square
 MEASURED = ("openvino", "onnx")  # the targets that `costs` and `encoder_costs` were fitted to
 CLOSE = 0.9  # a need above this share of what is free is said
 
@@ -59,6 +58,8 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
     tables = [_product(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary]
     if any(config.get(key) for key in EXPERT_KEYS):
         return Seen(largest, config, reason="mixtures of experts have not been measured")
+    if kind_of(config) == "seq2seq":
+        return Seen(largest, config, reason="encoder-decoders have not been measured")
     if config.get("num_hidden_groups"):
         return Seen(largest, config, reason="layers that share their weights have not been measured")
     if layers is None or vocabulary is None or context is None or not tables:
@@ -71,13 +72,10 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
         tied = len(tables) == 1
         shape = Shape(name, layers, parameters, tables[0], tied, vocabulary, context, width, size, tokenizer)
     else:
-        hidden = _first(config, WIDTH_KEYS)
-        if hidden is None:
-            return Seen(largest, config, reason="config.json does not give the width of a layer")
-        limit = context_of(checkpoint)
-        if limit > LONGEST:
-            return Seen(largest, config, reason=f"encoders of more than {LONGEST} tokens have not been measured")
-        shape = EncoderShape(name, layers, parameters, tables[0], hidden, limit, width, size, tokenizer)
+        hidden, heads, limit = _first(config, WIDTH_KEYS), _first(config, HEAD_KEYS), context_of(checkpoint)
+        if hidden is None or heads is None:
+            return Seen(largest, config, reason="config.json does not give the width of a layer and its heads")
+        shape = EncoderShape(name, layers, parameters, tables[0], hidden, heads, limit, width, size, tokenizer)
     return Seen(largest, config, shape)
 
 
@@ -289,6 +287,8 @@ def plan(
         reason = f"the target {recipe.target} has not been measured"
     elif seen.shape is not None and recipe.precision.gptq:
         reason = "gptq has not been measured"
+    elif isinstance(seen.shape, Shape) and recipe.target == "onnx" and recipe.precision.arithmetic == "f32":
+        reason = "ONNX with the arithmetic f32 has not been measured"
     elif seen.shape is not None:
         known = predict(costs.rates(seen.file, recipe.precision.arithmetic))
     steps = tuple(Step(name, name in done, known.get(name)) for name in names)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from lightship.cli.evaluate import command as evaluate_command
 from lightship.decoder_pipeline import EXACT
 from lightship.errors import SourceError, UnsafeSource, UnsupportedError, UsageError
 from lightship.papers import published
-from lightship.pipeline import evaluate, run, ship
+from lightship.pipeline import evaluate, plan_ship, run, ship
 from lightship.recipe import Precision, Recipe
 from lightship.sources import adapter as adapters
-from lightship.sources import huggingface, look, read
+from lightship.sources import huggingface, look, peek, read
 from lightship.targets.openvino import open_scorer
 from tests.tiny import tiny_gpt2, tiny_llama
 
@@ -466,6 +467,36 @@ def test_a_base_in_gguf(llama, tmp_path):
     assert [entry["step"] for entry in merged.lineage] == ["gguf", "adapter"] and merged.dtype == "float16"
     assert merged.lineage[1]["base"]["digest"] == merged.lineage[0]["digest"]
     assert [each.name for each in merged.folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}],
+    ids=["body", "output layer", "table"],
+)  # fmt: skip
+def test_the_shape_is_that_of_what_is_merged(llama, tmp_path, options):
+    """A tied table that is changed on one side becomes two."""
+    adapter = adapt(llama, tmp_path / "adapter", **options)
+    seen, merged = peek(str(adapter)), read(str(adapter), tmp_path / "work" / "model")
+    assert seen.shape.tied == (not options) and seen.shape.adapter
+    assert replace(seen.shape, adapter=0, size=0) == replace(peek(str(merged.folder)).shape, size=0)
+    assert seen.shape.size == pytest.approx(merged.weight_bytes, rel=1e-3)  # but for a name in the header
+    assert seen.file == llama.folder / "model.safetensors"
+    planned = plan_ship(Recipe(source=str(adapter)), tmp_path / "out")
+    assert planned.steps[0].cost.kept == seen.shape.size + seen.shape.files
+    plain = plan_ship(Recipe(source=str(llama.folder)), tmp_path / "out").steps[0].cost
+    assert planned.predicted and planned.steps[0].cost.memory > plain.memory
+
+
+def test_what_is_known_of_an_adapter_before_its_base_is(adapter, llama, tmp_path):
+    from tests.sources.test_gguf import write_gguf
+
+    change(adapter, base_model_name_or_path="nobody/no-model")
+    assert peek(str(adapter)).reason == "nobody/no-model is not downloaded yet"
+    packed = peek(str(adapter), base=str(write_gguf(llama, tmp_path / "base.gguf", "F16")))
+    assert packed.shape.unpacked and packed.shape.adapter
+    change(adapter, base_model_name_or_path=str(adapter))
+    with pytest.raises(UnsupportedError, match="is an adapter itself"):
+        plan_ship(Recipe(source=str(adapter)), tmp_path / "out")
 
 
 def test_an_adapter_ships_and_is_evaluated(adapter, llama, tmp_path):

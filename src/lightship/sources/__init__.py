@@ -82,26 +82,36 @@ def look(
         if base is not None:
             raise _no_base(source)
         return found
-    settings = find("sources", "adapter").settings(found.path)  # may refuse it before its base is fetched
-    named = base or settings.base_model_name_or_path
-    local = bool(_look(named)[1])
-    if not (base or local or _is_hub_id(named)):
-        said = f"names the base {named[:200]!r}, which is not here" if named else "does not name its base"
-        raise SourceError(
-            f"the adapter {found.name} {said}", hint="give the model that it was trained on: --base PATH|HUB_ID"
-        )
+    named, asked = _base(found, base, revision)  # may refuse it before its base is fetched
     log(f"an adapter; its base is {named}")
-    asked = revision if found.revision is None else None
-    if named == settings.base_model_name_or_path and not local:
-        asked = asked or settings.revision
     try:
         located = _locate(named, asked, token, log)
     except SourceError as error:
         advice = filter(None, (error.hint, None if base else "or name it with --base"))
         raise SourceError(f"the base of {found.name}: {error.message}", hint="; ".join(advice)) from error
     if located.kind == "adapter":
-        raise UnsupportedError(f"the base {named} is an adapter itself", hint="merge that one first, then this one")
+        raise _no_adapter(named)
     return replace(found, base=located)
+
+
+def _base(found: Found, base: str | None, revision: str | None) -> tuple[str, str | None]:
+    """What names the base of the adapter `found`, and its revision on the hub."""
+    settings = find("sources", "adapter").settings(found.path)
+    named: str = base or settings.base_model_name_or_path
+    local = bool(_look(named)[1])
+    if not (base or local or _is_hub_id(named)):
+        said = f"names the base {named[:200]!r}, which is not here" if named else "does not name its base"
+        raise SourceError(
+            f"the adapter {found.name} {said}", hint="give the model that it was trained on: --base PATH|HUB_ID"
+        )
+    asked = revision if found.revision is None else None
+    if named == settings.base_model_name_or_path and not local:
+        asked = asked or settings.revision
+    return named, asked
+
+
+def _no_adapter(base: str) -> UnsupportedError:
+    return UnsupportedError(f"the base {base} is an adapter itself", hint="merge that one first, then this one")
 
 
 def _no_base(source: str) -> UsageError:
@@ -140,7 +150,12 @@ def peek(source: str, revision: str | None = None, base: str | None = None) -> S
         return known
     found = _locate(source, revision, None, lambda line: None)
     if found.kind == "adapter":
-        return Seen(reason="merging an adapter has not been measured")
+        named, asked = _base(found, base, revision)
+        place, kind = _look(named)
+        if kind == "folder" and _folder_kind(place) == "adapter":
+            raise _no_adapter(named)
+        merged: Seen = find("sources", "adapter").peek(found.path, peek(named, asked))
+        return merged if kind or named == "demo" else replace(merged, file=None)
     if base is not None:
         raise _no_base(source)
     seen: Seen = find("sources", found.kind).peek(found.path)

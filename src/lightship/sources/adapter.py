@@ -9,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
+from lightship import costs
 from lightship.checkpoint import Checkpoint, read_json, require, safetensors_header, save
 from lightship.errors import SourceError, UnsupportedError
+from lightship.preflight import Seen
 from lightship.sources import pickle
 
 if TYPE_CHECKING:
@@ -147,6 +149,23 @@ def read(
         options = {name: value for name, value in found.model_dump(include=known).items() if value}
         entry = {"step": "adapter", "options": options, **origin, "base": base.origin}
         return save(model, tokenizer, folder, entry, after=original)
+
+
+def peek(path: Path, base: Seen) -> Seen:
+    """What the headers of the adapter in the folder `path` tell, with what was seen of its base. A change of a table
+    that input and output share makes two of it."""
+    shape = base.shape
+    if shape is None:
+        return Seen(reason=base.reason)
+    if not isinstance(shape, costs.Shape):
+        return Seen(reason="adapters are merged into decoders only")
+    rows = {size for entry in safetensors_header(path / WEIGHTS).values() for size in entry["shape"]}
+    table = shape.table if shape.tied and shape.vocabulary in rows else 0
+    merged = replace(
+        shape, adapter=(path / WEIGHTS).stat().st_size, tied=shape.tied and not table,
+        parameters=shape.parameters + table, size=shape.size + table * shape.width,
+    )  # fmt: skip
+    return Seen(base.file, shape=merged)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
