@@ -156,6 +156,8 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
         encoders = encoder_pipeline.targets_of(recipe, progress)
         check_packages(encoders)
         return Settled(recipe, encoders, seen)
+    if seen.config is not None and hasattr(target, "refuse"):
+        target.refuse(seen.config)
     precision, notes = _settled_precision(recipe, name, target, kind)
     for note in notes:
         progress(note)

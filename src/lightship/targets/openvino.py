@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,14 @@ def _traced(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
     if checkpoint.kind == "seq2seq":
         return _openvino_seq2seq.trace(checkpoint, dtype)
     return {GRAPH: (_trace if checkpoint.kind == "decoder" else _openvino_encoder.trace)(checkpoint, dtype)}
+
+
+def refuse(config: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` for a decoder that can be exported and not served: continuous batching takes attention
+    as one operation, which caps no scores (Gemma 2)."""
+    if config.get("attn_logit_softcapping"):
+        raise UnsupportedError("OpenVINO GenAI cannot serve attention whose scores are capped (attn_logit_softcapping)",
+                               hint="use --target onnx")  # fmt: skip
 
 
 def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
