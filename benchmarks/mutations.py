@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,23 @@ def measure(task: tuple[str, int, bool]) -> list[Row]:
         folder = Path(made)
         checkpoint = make(name, folder / "model", seed)
         reference = record(checkpoint, folder / "reference")
-        rows = [row_of(name, seed, "", "export", judge(reference, checkpoint, folder / "clean"))]
+        rows = [row_of(name, seed, "", "export", judge(reference, checkpoint, folder / "clean"), reference.rounding)]
         for fault in (fault for fault, where in APPLIES.items() if name in where and seed == 0):
             faulty, path = Faulty(checkpoint.folder, fault), folder / fault.__name__
             if into_export or fault is nan:
                 found, side = judge(reference, faulty, path), "export"
             else:
                 found, side = judge_against(faulty, reference, folder / "clean", path), "original"
-            rows.append(row_of(name, seed, fault.__name__, side, found))
+            rows.append(row_of(name, seed, fault.__name__, side, found, reference.rounding))
     return rows
 
 
-def row_of(name: str, seed: int, fault: str, side: str, found: Parity) -> Row:
+def row_of(name: str, seed: int, fault: str, side: str, found: Parity, rounding: float | None) -> Row:
     """What is kept of one judgement."""
     print(f"{name:10} {seed:3} {fault or 'clean':18} {side:8} KLD {found.mean_kld:.1e} max {found.max_error:.1e}",
           file=sys.stderr, flush=True)  # fmt: skip
-    return {"family": name, "seed": seed, "fault": fault, "side": side, "found": asdict(found)}
+    return {"family": name, "seed": seed, "fault": fault, "side": side, "found": asdict(found),
+            "rounding": rounding}  # fmt: skip
 
 
 def tasks(clean: int, into_export: bool) -> list[tuple[str, int, bool]]:
@@ -79,26 +81,27 @@ def summary(rows: list[Row]) -> str:
 
     Where a fault was seeded on both sides, the table shows the export.
     """
-    sides: dict[str, dict[tuple[str, str], Parity]] = {"export": {}, "original": {}}
+    sides: dict[str, dict[tuple[str, str], Row]] = {"export": {}, "original": {}}
     for row in rows:
         if row["fault"]:
-            sides[row["side"]][row["fault"], row["family"]] = Parity(**row["found"])
+            sides[row["side"]][row["fault"], row["family"]] = row
     cells = {**sides["original"], **sides["export"]}
-    clean = {(row["family"], row["seed"]): Parity(**row["found"]) for row in rows if not row["fault"]}
+    clean = {(row["family"], row["seed"]): row for row in rows if not row["fault"]}
     lines = [["fault", *FAMILIES]]
     for fault, where in APPLIES.items():
         keys = [(fault.__name__, name) for name in FAMILIES]
         shown = [cell(cells[key], key in sides["export"]) if key in cells else "–" * (key[1] in where) for key in keys]
         lines.append([(fault.__doc__ or "").rstrip("."), *shown])
-    caught = sum(map(stopped, cells.values()))
-    by_kld = sum(not found.mean_kld <= KLD_LIMITS["fp32"] for found in cells.values())
+    caught = sum(map(_stopped, cells.values()))
+    by_kld = sum(not row["found"]["mean_kld"] <= KLD_LIMITS["fp32"] for row in cells.values())
     both = sides["export"].keys() & sides["original"].keys()
-    same = sum(stopped(sides["export"][key]) == stopped(sides["original"][key]) for key in both)
+    same = sum(_stopped(sides["export"][key]) == _stopped(sides["original"][key]) for key in both)
     said = [
         f"**{caught} of {len(cells)} faults stopped ({caught / len(cells):.1%}), {by_kld} of them by mean KLD; "
-        f"{sum(map(stopped, clean.values()))} false alarms in {len(clean)} clean runs**, each of a model with other "
-        f"weights, at most mean KLD {max(found.mean_kld for found in clean.values()):.1e} and max |Δ log p| "
-        f"{max(found.max_error for found in clean.values()):.1e}.",
+        f"{sum(map(_stopped, clean.values()))} false alarms in {len(clean)} clean runs**, each of a model with other "
+        f"weights, at most mean KLD {max(row['found']['mean_kld'] for row in clean.values()):.1e} and max |Δ log p| "
+        f"{max(row['found']['max_error'] for row in clean.values()):.1e}, {_roundings(clean.values()):.1f} times the "
+        "original's own rounding.",
         "Cells: mean KLD (max |Δ log p|) in nats; in bold what the gate missed; –: not run; blank where the fault "
         "cannot occur.",
     ]
@@ -111,11 +114,21 @@ def summary(rows: list[Row]) -> str:
     return "\n\n".join([*said, table(lines)])
 
 
-def cell(found: Parity, exported: bool) -> str:
+def _stopped(row: Row) -> bool:
+    return stopped(Parity(**row["found"]), row["rounding"])
+
+
+def _roundings(rows: Iterable[Row]) -> float:
+    """The largest max |Δ log p| in units of the rounding of its own original."""
+    return max(float(row["found"]["max_error"]) / row["rounding"] for row in rows)
+
+
+def cell(row: Row, exported: bool) -> str:
     """The figures of one fault in one family."""
+    found = Parity(**row["found"])
     figures = f"{found.mean_kld:.0e} ({found.max_error:.0e})" if math.isfinite(found.mean_kld) else "∞"
     figures += "" if exported else "°"
-    return figures if stopped(found) else f"**{figures} missed**"
+    return figures if _stopped(row) else f"**{figures} missed**"
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def t5(tmp_path_factory):
 def reference(t5, tmp_path_factory):
     original = find("targets", "pytorch").open_scorer(t5.folder)
     texts = pairs.cut(recipe(t5), t5)
-    return divergence.record(original, texts.gate_batches(original), tmp_path_factory.mktemp("reference"))
+    return parity.record(original, texts.gate_batches(original), tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -72,7 +72,9 @@ def test_encoder_decoders_ship(tmp_path, model_type, target):
 def test_both_graphs_are_the_model(runtime, reference):
     target, folder = runtime
     found = parity.parity(reference, target.open_scorer(folder, EXACT))
-    assert found.mean_kld < 1e-6 and found.max_error < 1e-3 and found.greedy == 1.0 and found.n > 300
+    assert found.mean_kld < 1e-6 and found.greedy == 1.0 and found.n > 300
+    parity.check_parity(found, 1e-4, "gate", parity.exact_error(0.0, reference.rounding))
+    assert 0 < reference.rounding < 1e-4
     row, expected = parity.long_row(reference)
     served = target.open(folder, EXACT).prompt_logprobs(row.ids[0][:50].tolist(), row.source[0].tolist())
     assert np.abs(served - expected[:49]).max() < 1e-3
@@ -112,7 +114,9 @@ def test_the_gate_stops_what_is_wrong(runtime, reference, t5, tmp_path, fault):
     recorded = divergence.record(wrong, batches, tmp_path)
     recorded = divergence.Reference(recorded.folder, reference.batches)  # what was asked of the candidate stays right
     with pytest.raises(LimitExceeded, match="gate"):
-        parity.check_parity(parity.parity(recorded, candidate), 1e-4, "gate", parity.EXACT_ERROR)
+        parity.check_parity(
+            parity.parity(recorded, candidate), 1e-4, "gate", parity.exact_error(0.0, reference.rounding)
+        )
 
 
 def _begun_otherwise(batch):

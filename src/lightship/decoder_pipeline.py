@@ -170,7 +170,8 @@ def _original(run: Run, checkpoint: Checkpoint, texts: Texts | PairTexts) -> Sta
 
     def make(folder: Path) -> None:
         original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-        divergence.record(original, texts.gate_batches(original), folder)
+        found = parity.record(original, texts.gate_batches(original), folder)
+        run.work.say(f"its own rounding moves log p by up to {found.rounding:.1e}")
 
     return run.work.stage("original", {"checkpoint": checkpoint.digest(), "tokens": digest_of(texts.gate)}, make)
 
@@ -188,7 +189,7 @@ def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: St
     rounded = name == "bf16" and checkpoint.dtype != "bfloat16"
     accepted = parse_accepts(run.recipe.accept).get("kld", 0.0)
     limit = max(KLD_LIMITS["bf16" if rounded else "fp32"], accepted)
-    error_limit = math.inf if rounded else parity.exact_error(accepted)
+    error_limit = math.inf if rounded else parity.exact_error(accepted, gate.rounding)
 
     def make(folder: Path) -> dict[str, Any]:
         found = parity.parity(gate, run.target.open_scorer(exported.folder / "runtime", EXACT))

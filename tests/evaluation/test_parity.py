@@ -20,7 +20,7 @@ def gate(llama, tmp_path_factory):
     original = pytorch.open_scorer(llama.folder)
     tokens = scoring_set(default_text(), tokeniser(llama)[0], 1024, 1).sequences[0]
     batches = parity.gate_batches(tokens, llama.context_length, original.greedy)
-    return divergence.record(original, batches, tmp_path_factory.mktemp("reference"))
+    return parity.record(original, batches, tmp_path_factory.mktemp("reference"))
 
 
 def copy_of(llama, folder, change=None, **config):
@@ -45,7 +45,7 @@ def exported(checkpoint, folder):
 
 def test_the_right_model_passes(gate, llama, tmp_path):
     found = parity.parity(gate, exported(llama, tmp_path / "ir"))
-    parity.check_parity(found, KLD_LIMITS["fp32"], "gate", parity.exact_error(0.0))
+    parity.check_parity(found, KLD_LIMITS["fp32"], "gate", parity.exact_error(0.0, gate.rounding))
     assert found.mean_kld < 1e-6 and found.top1 == 1.0 and found.greedy == 1.0
 
 
@@ -82,8 +82,8 @@ def test_a_fault_too_small_for_the_divergence_is_stopped(gate, llama, tmp_path):
     found = parity.parity(gate, exported(wrong, tmp_path / "ir"))
     parity.check_parity(found, KLD_LIMITS["fp32"], "gate")
     with pytest.raises(LimitExceeded, match="more than rounding"):
-        parity.check_parity(found, KLD_LIMITS["fp32"], "gate", parity.exact_error(0.0))
-    parity.check_parity(found, 0.01, "gate", parity.exact_error(0.01))  # accepted on purpose
+        parity.check_parity(found, KLD_LIMITS["fp32"], "gate", parity.exact_error(0.0, gate.rounding))
+    parity.check_parity(found, 0.01, "gate", parity.exact_error(0.01, gate.rounding))  # accepted on purpose
 
 
 def test_a_dropped_mask_is_stopped(gate, llama, tmp_path):

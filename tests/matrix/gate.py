@@ -26,11 +26,11 @@ def text() -> Text:
 
 
 def record(checkpoint: Checkpoint, folder: Path) -> divergence.Reference:
-    """The gate's rows by the original."""
+    """The gate's rows by the original, and its own rounding."""
     original = pytorch.open_scorer(checkpoint.folder)
     encode, start = tokeniser(checkpoint)
     tokens = scoring_set(text(), encode, parity.LONG, 1, start=start).sequences[0]
-    return divergence.record(original, parity.gate_batches(tokens, checkpoint.context_length, original.greedy), folder)
+    return parity.record(original, parity.gate_batches(tokens, checkpoint.context_length, original.greedy), folder)
 
 
 def judge(reference: divergence.Reference, checkpoint: Checkpoint, folder: Path) -> Parity:
@@ -46,10 +46,10 @@ def judge_against(faulty: Checkpoint, reference: divergence.Reference, runtime: 
     return parity.parity(wrong, openvino.open_scorer(runtime, EXACT))
 
 
-def stopped(found: Parity) -> bool:
-    """Whether the gate rejects a float32 export with these figures."""
+def stopped(found: Parity, rounding: float | None) -> bool:
+    """Whether the gate rejects a float32 export with these figures, of a model with that `rounding`."""
     try:
-        parity.check_parity(found, KLD_LIMITS["fp32"], "gate export", parity.EXACT_ERROR)
+        parity.check_parity(found, KLD_LIMITS["fp32"], "gate export", parity.exact_error(0.0, rounding))
     except LimitExceeded:
         return True
     return False

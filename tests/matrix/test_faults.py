@@ -68,7 +68,8 @@ def clean(tmp_path_factory):
     "family", [pytest.param(name, marks=slow(name not in ("gemma3", "gpt2"))) for name in FAMILIES]
 )
 def test_a_clean_export_passes(clean, family):
-    assert not stopped(clean(family).found), clean(family).found
+    right = clean(family)
+    assert not stopped(right.found, right.reference.rounding), (right.found, right.reference.rounding)
 
 
 @pytest.mark.parametrize(("family", "fault"), [pytest.param(*pair, marks=marks(pair)) for pair in PAIRS])
@@ -77,7 +78,7 @@ def test_a_fault_is_stopped(clean, family, fault, tmp_path):
     right = clean(family)
     faulty = Faulty(right.checkpoint.folder, getattr(faults, fault))
     found = judge_against(faulty, right.reference, right.runtime, tmp_path)
-    assert stopped(found), found
+    assert stopped(found, right.reference.rounding), found
 
 
 @pytest.mark.parametrize(("family", "fault"), [pytest.param(*pair, marks=slow(pair not in EXPORTED)) for pair in CROSS])
@@ -85,4 +86,4 @@ def test_a_faulty_export_is_stopped(clean, family, fault, tmp_path):
     """Seeded where it would happen."""
     right = clean(family)
     found = judge(right.reference, Faulty(right.checkpoint.folder, getattr(faults, fault)), tmp_path / "export")
-    assert stopped(found), found
+    assert stopped(found, right.reference.rounding), found

@@ -7,6 +7,7 @@ the whole vocabulary, as llama.cpp's perplexity tool reports it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightship.calibration import Passages
 from lightship.errors import LightshipError
 
 Floats = npt.NDArray[np.float32]
+ROUNDING = "rounding.json"
 BLOCK = 128  # positions handled at a time: 128 × 128 256 logits in float32 are 66 MB
 
 
@@ -93,10 +95,12 @@ def passage_batches(passages: Passages) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original's log-probabilities of the scored positions of `batches`, in files below `folder`."""
+    """The original's log-probabilities of the scored positions of `batches`, in files below `folder`. `rounding`: how
+    far its own rounding moves one of them (nats), where that was measured."""
 
     folder: Path
     batches: tuple[Batch, ...]
+    rounding: float | None = None
 
     def rows(self, batch: int, block: int) -> Floats:
         """(scored positions of that block, vocabulary)."""
@@ -164,7 +168,8 @@ def reopen(folder: Path) -> Reference:
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as kept:
             batches.append(Batch(**{**kept, "name": str(kept["name"])}))
-    return Reference(folder, tuple(batches))
+    path = folder / ROUNDING
+    return Reference(folder, tuple(batches), json.loads(path.read_text()) if path.is_file() else None)
 
 
 def _scored_blocks(scorer: AnyScorer, batch: Batch) -> Iterator[tuple[int, Floats, tuple[npt.NDArray[np.bool_], int]]]:

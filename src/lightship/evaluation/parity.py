@@ -6,24 +6,38 @@ shows a lost RoPE base, which is invisible near position 0; the greedy row shows
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lightship.errors import LimitExceeded
-from lightship.evaluation.divergence import BLOCK, AnyScorer, Batch, Comparison, Reference, compare
+from lightship.evaluation import divergence
+from lightship.evaluation.divergence import (
+    BLOCK,
+    ROUNDING,
+    AnyScorer,
+    Batch,
+    Comparison,
+    Reference,
+    compare,
+    log_softmax,
+)
 from lightship.report import Metric
 
 SHORT = (1, 5, 9, 16, 23, 32)
 LONG = 1024
 GREEDY_PROMPTS, GREEDY_PROMPT, GREEDY_TOKENS = 3, 16, 32
-# Largest |Δ log p| (nats, where p > 1e-4) of an export that computes in float32 what the original does. Rounding makes
-# up to 1e-4; a wrong norm epsilon or the other GELU shows only here, in the mean KLD both drown (docs/gate.md).
-EXACT_ERROR = 1e-3
+# Largest |Δ log p| (nats, where p > 1e-4) of an export that computes in float32 what the original does: a multiple of
+# the original's own rounding, within bounds. A wrong norm epsilon or the other GELU shows only here, in the mean KLD
+# both drown (docs/gate.md). Clean exports were at most 10 times that rounding off.
+ROUNDINGS, LEAST_ERROR, EXACT_ERROR = 20, 5e-5, 1e-3
+STEPS = 2  # positions at which rounding is measured
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,21 @@ def gate_batches(tokens: Sequence[int], context: int, greedy: Callable[..., list
         Batch.of("long", [list(tokens[:long])]),
         Batch.of("greedy", continued, [len(prompt) - 1 for prompt in prompts]),
     ]
+
+
+def record(original: Any, batches: Sequence[Batch], folder: Path) -> Reference:
+    """Record the original on the gate's rows, and how far its own rounding moves a log p: on the greedy rows, read in
+    one pass against the same tokens read one by one over a cache. `original` needs `steps` beside what it scores by."""
+    reference = divergence.record(original, batches, folder)
+    index = next(index for index, batch in enumerate(reference.batches) if batch.name == "greedy")
+    batch = reference.batches[index]
+    first = int(batch.scored[0].argmax()) + 1
+    stepped = log_softmax(batch.bound(original).steps(batch.ids, first, STEPS))  # type: ignore[attr-defined]
+    whole = reference.rows(index, 0)
+    whole = whole.reshape(len(batch.ids), -1, whole.shape[-1])[:, 1 : 1 + STEPS]
+    rounding = float(np.abs(stepped - whole).max(where=whole > math.log(1e-4), initial=0.0))
+    (folder / ROUNDING).write_text(json.dumps(rounding))
+    return replace(reference, rounding=rounding)
 
 
 def long_row(reference: Reference) -> tuple[Batch, npt.NDArray[np.float32]]:
@@ -114,10 +143,11 @@ def check_parity(found: Parity, limit: float, stage: str, error_limit: float = m
     )
 
 
-def exact_error(accepted: float) -> float:
-    """The limit on max |Δ log p| of an exact export when a mean KLD of `accepted` is accepted (0: none is): errors of
-    standard deviation σ in log p cost a KLD of σ²/2."""
-    return max(EXACT_ERROR, math.sqrt(2 * accepted))
+def exact_error(accepted: float, rounding: float | None = None) -> float:
+    """The limit on max |Δ log p| of an exact export of a model with that `rounding` (None: not measured) when a mean
+    KLD of `accepted` is accepted (0: none is): errors of standard deviation σ in log p cost a KLD of σ²/2."""
+    limit = EXACT_ERROR if rounding is None else min(max(ROUNDINGS * rounding, LEAST_ERROR), EXACT_ERROR)
+    return max(limit, math.sqrt(2 * accepted))
 
 
 def above(value: float) -> str:

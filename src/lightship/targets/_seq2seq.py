@@ -160,6 +160,12 @@ class Given:
         for start in range(0, ids.shape[1], size):
             yield self.runtime.decode(ids[:, start : start + size])
 
+    def steps(self, rows: Ids, first: int, count: int) -> Floats:
+        """The logits (rows, count, vocabulary) after each of `count` tokens written one by one after `first`."""
+        self.runtime.restart()
+        self.runtime.decode(rows[:, :first])
+        return np.concatenate([self.runtime.decode(rows[:, at : at + 1]) for at in range(first, first + count)], 1)
+
 
 @dataclass
 class _Request:

@@ -53,6 +53,20 @@ class TorchScorer:
         for start in range(0, ids.shape[1], size):
             yield logits[:, start : start + size].float().numpy()
 
+    def steps(self, rows: npt.NDArray[np.int64], first: int, count: int) -> npt.NDArray[np.float32]:
+        """The logits (rows, count, vocabulary) after each of `count` tokens read one by one, over the keys and values
+        of the `first` before them. Rows without padding."""
+        import torch
+
+        ids, found = torch.from_numpy(rows), []
+        with torch.inference_mode(), _in_float32(self._model):
+            cache = self._model(input_ids=ids[:, :first], use_cache=True, logits_to_keep=1).past_key_values
+            for at in range(first, first + count):
+                out = self._model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(out.logits[:, -1].float().numpy())
+        return np.stack(found, axis=1)
+
     def greedy(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """The greedy continuations of prompts of one length in the checkpoint's own dtype, `new_tokens` long
         (end-of-text does not stop them)."""
