@@ -68,7 +68,7 @@ class Recipe(_Data):
     )
     precision: Precision = Precision()
     evaluate: Literal["quick", "full"] = "quick"
-    text: str | None = Field(None, description="file to score on: plain text or chat JSONL")
+    text: str | None = Field(None, description="file to score on: plain text, chat or pairs JSONL")
     golden: str | None = Field(None, description="file of golden cases (JSONL)")
     accept: tuple[str, ...] = ()
 

@@ -14,7 +14,7 @@ from lightship.cli.display import stages
 @click.argument("bundle", type=click.Path())
 @click.argument("source", shell_complete=models)
 @click.option("--base", metavar="PATH|HUB_ID", help="The model that an adapter changes (default: as it says).")
-@click.option("--text", type=click.Path(), help="Score on this file: plain text, or chat JSONL.")
+@click.option("--text", type=click.Path(), help="Score on this file: plain text, chat or pairs JSONL.")
 @click.option("--golden", type=click.Path(), help="Golden cases (JSONL), run on original and candidate.")
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

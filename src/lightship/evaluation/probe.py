@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "lower",
                 None,
                 "VmHWM of a fresh process that loads the model and "
-                + ("encodes" if encodes else f"generates, KV cache up to {settings.kv_cache_gb:g} GiB"),
+                + ("encodes" if encodes else f"generates, {settings.kv_cache_gb:g} GiB allowed for a KV cache"),
             )
         )
     print(json.dumps([asdict(metric) for metric in metrics]))
