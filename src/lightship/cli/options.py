@@ -35,7 +35,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--all-layers", is_flag=True, help="int4: embedding and head in 4 bits too."),
         click.option("--accept", multiple=True, metavar='"kld<=X"',
                      help="Replace the default limit, on the record; of embedders \"cosine_loss<=X\"."),
-        click.option("--text", type=click.Path(), help="Calibrate and score on this file: plain text, chat or pairs JSONL."),
+        click.option("--text", type=click.Path(), help="Calibrate and score on this: plain text, chat or pairs JSONL."),
         click.option("--revision", help="Revision of a hub model."),
         click.option("--base", metavar="PATH|HUB_ID", help="The model that an adapter changes (default: as it says)."),
         click.option("--force", is_flag=True, help="Replace an earlier result."),
