@@ -6,6 +6,7 @@ A plain model, one function a stage, that anyone can check by hand. Its constant
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,9 @@ FASTER = {"amx_bf16": 3.4, "avx512_bf16": 3.4}  # bf16 over float32; AMX is fast
 
 def rates(file: Path | None, arithmetic: str) -> Rates:
     """Measure this machine; `file` is the source's weights, None when nothing is read."""
-    slow = REFERENCE_ROUNDS / machine.interpreter_rate()  # first: the threads of a BLAS go on spinning for a while
+    # Measured first: the threads of a BLAS go on spinning for a while. The root, since on a shared machine a short loop
+    # runs 1.5 times faster or slower from one second to the next, and a whole run does not.
+    slow = math.sqrt(REFERENCE_ROUNDS / machine.interpreter_rate())
     exact = LIBRARY * machine.matmul_rate()
     features = machine.machine()["features"]
     factor = next((FASTER[name] for name in FASTER if name in features), 1.0) if arithmetic == "auto" else 1.0

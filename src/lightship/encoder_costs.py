@@ -86,7 +86,7 @@ TARGETS = {
 }  # fmt: skip
 FIRST, AGAIN, PROBE = 4.2, 0.3, 0.8  # the original with PyTorch's import; once more; a fresh process
 EXPORTERS, CALL_LAYER = 3.0, 1e-3  # their import; a layer of one call
-PYTORCH = 0.55  # speed of the original over `Rates.exact`
+PYTORCH = 0.4  # speed of the original over `Rates.exact`
 SCORE = 5e-9  # a score of attention, from which a probability is made
 PACK = 2e-9  # a byte of weights in float32, brought into the order that the processor wants
 
