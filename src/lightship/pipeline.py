@@ -23,7 +23,7 @@ from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import memory
 from lightship.evaluation.text import amount
 from lightship.find import find
-from lightship.kind import GENERATORS, Kind, kind_of
+from lightship.kind import GENERATORS, kind_of
 from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import published
@@ -147,6 +147,7 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
     if fetch:
         log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
         look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
@@ -158,19 +159,19 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
         return Settled(recipe, encoders, seen)
     if seen.config is not None and hasattr(target, "refuse"):
         target.refuse(seen.config)
-    precision, notes = _settled_precision(recipe, name, target, kind)
+    if kind == "seq2seq":
+        precision, notes = _settle_seq2seq(recipe.precision, name, target)
     for note in notes:
         progress(note)
     check_packages([name])
     return Settled(recipe.model_copy(update={"precision": precision, "target": name}), (), seen)
 
 
-def _settled_precision(recipe: Recipe, name: str, target: ModuleType, kind: Kind) -> tuple[Precision, list[str]]:
-    """The precision as `target` carries it out, and what to tell about the difference."""
-    if kind == "seq2seq" and not hasattr(target, "settle_seq2seq"):
-        raise UnsupportedError(f"encoder-decoders are not shipped to the target {name!r}", hint="use openvino")
-    settle = getattr(target, "settle_seq2seq" if kind == "seq2seq" else "settle", None)
-    found: tuple[Precision, list[str]] = settle(recipe.precision) if settle else (recipe.precision, [])
+def _settle_seq2seq(precision: Precision, name: str, target: ModuleType) -> tuple[Precision, list[str]]:
+    """`precision` as `target` carries it out for an encoder-decoder, and what to tell about the difference."""
+    if not hasattr(target, "settle_seq2seq"):
+        raise UnsupportedError(f"encoder-decoders are not shipped to the target {name!r}", hint="use openvino or onnx")
+    found: tuple[Precision, list[str]] = target.settle_seq2seq(precision)
     return found
 
 
