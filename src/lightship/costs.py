@@ -6,7 +6,6 @@ A plain model, one function a stage, that anyone can check by hand. Its constant
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,9 +98,9 @@ FASTER = {"amx_bf16": 3.4, "avx512_bf16": 3.4}  # bf16 over float32; AMX is fast
 
 def rates(file: Path | None, arithmetic: str) -> Rates:
     """Measure this machine; `file` is the source's weights, None when nothing is read."""
-    # Measured first: the threads of a BLAS go on spinning for a while. The root, since on a shared machine a short loop
-    # runs 1.5 times faster or slower from one second to the next, and a whole run does not.
-    slow = math.sqrt(REFERENCE_ROUNDS / machine.interpreter_rate())
+    # Measured first: the threads of a BLAS go on spinning for a while. On a shared machine a short loop runs up to 1.8
+    # times slower from one second to the next, and a whole run does not: only what is slower still counts.
+    slow = max(1.0, REFERENCE_ROUNDS / machine.interpreter_rate() / 1.8)
     exact = LIBRARY * machine.matmul_rate()
     features = machine.machine()["features"]
     factor = next((FASTER[name] for name in FASTER if name in features), 1.0) if arithmetic == "auto" else 1.0
