@@ -13,9 +13,9 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from lightship.checkpoint import Checkpoint, module_configs, read_json
-from lightship.errors import ContextTooLong, RequestError, SourceError, UnsupportedError
+from lightship.errors import SourceError, UnsupportedError
 from lightship.kind import Kind
-from lightship.tokenizer import load_tokenizer
+from lightship.tokenizer import check_ids, check_vocabulary, load_tokenizer
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -114,12 +114,7 @@ class Encoder:
             pooling=read_pooling(folder) if kind == "embedder" else Pooling(),
             lower=bool(_sentence(folder).get("do_lower_case")),
         )
-        size = found.tokenizer.get_vocab_size(with_added_tokens=True)
-        if size > found.vocabulary:
-            raise SourceError(
-                f"{folder}: the tokenizer has {size} tokens, the model {found.vocabulary} embeddings",
-                hint="give the tokenizer that the model was trained with",
-            )
+        check_vocabulary(found.tokenizer, found.vocabulary, folder)
         return found
 
     def encode(self, text: str, second: str | None = None, param: str | None = "input") -> Encoding:
@@ -131,13 +126,7 @@ class Encoder:
 
     def check(self, ids: Sequence[int], param: str | None = "input") -> None:
         """Raise `RequestError` for no tokens, foreign ids or more than the context."""
-        if not ids:
-            raise RequestError("the input has no tokens", param)
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", param, "invalid_token_id")
-        if len(ids) > self.context:
-            raise ContextTooLong(f"This model's maximum context length is {self.context} tokens; the input has "
-                                 f"{len(ids)}. Nothing is cut off silently.", param)  # fmt: skip
+        check_ids(ids, self.vocabulary, self.context, param)
 
     def pad_rows(self, rows: Iterable[Row]) -> Padded:
         """One batch of `rows`."""

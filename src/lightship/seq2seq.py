@@ -12,8 +12,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lightship.checkpoint import Checkpoint, context_length, read_json
-from lightship.errors import ContextTooLong, RequestError, SourceError
-from lightship.tokenizer import load_tokenizer
+from lightship.errors import SourceError
+from lightship.tokenizer import check_ids, check_vocabulary, load_tokenizer
 
 Ids = npt.NDArray[np.int64]
 RELATIVE = ("mt5", "t5", "umt5")  # positions by distance: no length is named, these were trained on 512 tokens
@@ -52,12 +52,7 @@ class Seq2Seq:
             never=_never(config),
             tokenizer=load_tokenizer(folder),
         )
-        size = found.tokenizer.get_vocab_size(with_added_tokens=True)
-        if size > found.vocabulary:
-            raise SourceError(
-                f"{folder}: the tokenizer has {size} tokens, the model {found.vocabulary} embeddings",
-                hint="give the tokenizer that the model was trained with",
-            )
+        check_vocabulary(found.tokenizer, found.vocabulary, folder)
         if max(*found.start, found.pad, *found.never) >= found.vocabulary:
             raise SourceError(f"{folder}: a special token id is not below the vocabulary of {found.vocabulary}")
         return found
@@ -78,13 +73,7 @@ class Seq2Seq:
 
     def check(self, ids: Sequence[int], param: str | None = "input") -> None:
         """Raise `RequestError` for a source without tokens, with foreign ids or longer than the context."""
-        if not ids:
-            raise RequestError("the input has no tokens", param)
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", param, "invalid_token_id")
-        if len(ids) > self.context:
-            raise ContextTooLong(f"This model's maximum context length is {self.context} tokens; the input has "
-                                 f"{len(ids)}. Nothing is cut off silently.", param)  # fmt: skip
+        check_ids(ids, self.vocabulary, self.context, param)
 
 
 def _context(checkpoint: Checkpoint, pad: int) -> int:

@@ -1,12 +1,13 @@
-"""The tokenizer of a checkpoint or runtime folder, without transformers."""
+"""The tokenizer of a checkpoint or runtime folder, without transformers; and what its ids must keep to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from lightship.errors import SourceError
+from lightship.errors import ContextTooLong, RequestError, SourceError
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -21,3 +22,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, folder: Path) -> None:
+    """Raise `SourceError` when `tokenizer` has more tokens than the model in `folder` has embeddings."""
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > vocabulary:
+        raise SourceError(
+            f"{folder}: the tokenizer has {size} tokens, the model {vocabulary} embeddings",
+            hint="give the tokenizer that the model was trained with",
+        )
+
+
+def check_ids(ids: Sequence[int], vocabulary: int, context: int, param: str | None) -> None:
+    """Raise `RequestError` for an input without tokens, with foreign ids, or longer than the context."""
+    if not ids:
+        raise RequestError("the input has no tokens", param)
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise RequestError(f"token ids must lie in 0 … {vocabulary - 1}", param, "invalid_token_id")
+    if len(ids) > context:
+        raise ContextTooLong(f"This model's maximum context length is {context} tokens; the input has "
+                             f"{len(ids)}. Nothing is cut off silently.", param)  # fmt: skip

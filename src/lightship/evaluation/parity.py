@@ -83,7 +83,7 @@ def record(original: Any, batches: Sequence[Batch], folder: Path) -> Reference:
     index = next(index for index, batch in enumerate(reference.batches) if batch.name == "greedy")
     batch = reference.batches[index]
     first = int(batch.scored[0].argmax()) + 1
-    stepped = log_softmax(batch.bound(original).steps(batch.ids, first, STEPS))  # type: ignore[attr-defined]
+    stepped = log_softmax(batch.bound(original).steps(batch.ids, first, STEPS))  # type: ignore[attr-defined]  # scorers of PyTorch have it
     whole = reference.rows(index, 0)
     whole = whole.reshape(len(batch.ids), -1, whole.shape[-1])[:, 1 : 1 + STEPS]
     rounding = float(np.abs(stepped - whole).max(where=whole > math.log(1e-4), initial=0.0))
