@@ -6,9 +6,8 @@ decoder's graph takes those with the tokens written so far. So nothing of the so
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +17,9 @@ import numpy.typing as npt
 from lightship.checkpoint import Checkpoint
 from lightship.engine import Event, GenerationParams
 from lightship.errors import ContextTooLong
-from lightship.sampling import choose, log_softmax
+from lightship.sampling import log_softmax
 from lightship.seq2seq import Seq2Seq
+from lightship.targets._sequential import Sequential
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -167,25 +167,13 @@ class Given:
         return np.concatenate([self.runtime.decode(rows[:, at : at + 1]) for at in range(first, first + count)], 1)
 
 
-@dataclass
-class _Request:
-    id: int
-    source: list[int]
-    params: GenerationParams
-    random: np.random.Generator
-    written: list[int] = field(default_factory=list)
-
-
-class Seq2SeqEngine:
-    """One source at a time, first come, first served; greedy or sampled. Log-probabilities are the model's own, before
-    penalties and temperature."""
+class Seq2SeqEngine(Sequential):
+    """One source at a time."""
 
     def __init__(self, runtime: Runtime, folder: Path) -> None:
         self._runtime = runtime
         self._about = Seq2Seq.load(folder)
-        self._waiting: deque[_Request] = deque()
-        self._running: _Request | None = None
-        self._next_id = 0
+        super().__init__(self._about.context, self._about.vocabulary, self._about.eos)
 
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         """Queue a source. Raises `RequestError` for foreign ids, too long a source or too much to write."""
@@ -193,10 +181,7 @@ class Seq2SeqEngine:
         about.check(tokens, "prompt")
         if len(about.start) + params.max_tokens > about.context:
             raise ContextTooLong(f"{params.max_tokens} new tokens exceed the context of {about.context}")
-        self._next_id += 1
-        request = _Request(self._next_id, list(tokens), params, np.random.default_rng(params.seed))
-        self._waiting.append(request)
-        return self._next_id
+        return self._queue(tokens, params)
 
     def step(self) -> list[Event]:
         """One token of the source in turn."""
@@ -204,24 +189,14 @@ class Seq2SeqEngine:
             if not self._waiting:
                 return []
             self._running = self._waiting.popleft()
-            source = np.array([self._running.source], np.int64)
+            source = np.array([self._running.prompt], np.int64)
             self._runtime.encode(source, np.ones_like(source))
-        request, params = self._running, self._running.params
-        new = request.written[-1:] or list(self._about.start)
+        new = self._running.produced[-1:] or list(self._about.start)
         logits = self._runtime.decode(np.array([new], np.int64))[0, -1]
         if self._about.never:
             logits = logits.copy()
             logits[list(self._about.never)] = -np.inf
-        token = choose(logits, [], request.written, params, request.random)
-        if not params.ignore_eos and token in (*self._about.eos, *params.stop_token_ids):
-            self._running = None
-            return [Event(request.id, finish_reason="stop")]
-        request.written.append(token)
-        done = len(request.written) >= params.max_tokens
-        if done:
-            self._running = None
-        logprobs = (float(log_softmax(logits)[token]),) if params.logprobs else ()
-        return [Event(request.id, (token,), logprobs, "length" if done else None)]
+        return self._produce(self._running, logits, ())
 
     def prompt_logprobs(self, tokens: Sequence[int], source: Sequence[int]) -> Floats:
         """log p(token[i] | source, tokens before i) for i ≥ 1, one token at a time as it is served,
@@ -232,24 +207,7 @@ class Seq2SeqEngine:
         values = [log_softmax(row)[token] for row, token in zip(rows, tokens[1:], strict=True)]
         return np.array(values, np.float32)
 
-    def busy(self) -> bool:
-        """Whether any request is unfinished."""
-        return self._running is not None or bool(self._waiting)
-
-    def cancel(self, request_id: int) -> None:
-        """End a request; an unknown or finished id is ignored."""
-        self._waiting = deque(request for request in self._waiting if request.id != request_id)
-        if self._running is not None and self._running.id == request_id:
-            self._running = None
-
-    def stats(self) -> dict[str, Any]:
-        """See `Engine`."""
-        running = self._running is not None
-        return {"running": int(running), "waiting": len(self._waiting), "context": self._about.context,
-                "vocabulary": self._about.vocabulary, "batching": "none"}  # fmt: skip
-
     def close(self) -> None:
         """Release the model."""
-        self._waiting.clear()
-        self._running = None
+        super().close()
         del self._runtime

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.kind import GENERATORS
 from lightship.recipe import Precision
-from lightship.sampling import choose, log_softmax
+from lightship.sampling import log_softmax
 from lightship.targets import _onnx_encoder, _onnx_seq2seq, _onnx_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
+from lightship.targets._sequential import BATCHING as BATCHING
+from lightship.targets._sequential import Request, Sequential
 from lightship.targets._tracing import tracing
 
 EXTRA = "build"
 GRAPH = "model.onnx"
-BATCHING = "none"  # one request at a time
 DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
 PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
 CAPACITY = "capacity"
@@ -377,39 +377,26 @@ def open_scorer(folder: Path, settings: EngineSettings | None = None) -> OnnxSco
 
 
 @dataclass
-class _Request:
-    """A prompt, what it has produced, how many of both the decoder has read, and what it keeps of them."""
+class _Reading:
+    """How many tokens of a request the decoder has read, and what it keeps of them."""
 
-    id: int
-    prompt: list[int]
-    params: GenerationParams
-    random: np.random.Generator
     past: _Past
-    produced: list[int] = field(default_factory=list)
     read: int = 0
 
 
-class OnnxEngine:
+class OnnxEngine(Sequential):
     """One sequence at a time, first come, first served, no batching: a simple engine for machines where OpenVINO does
-    not run. Log-probabilities are the model's own, before penalties and temperature."""
+    not run."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         checkpoint = Checkpoint(folder)
-        self.context = checkpoint.context_length
-        self.vocabulary = checkpoint.vocabulary
-        self.eos_token_ids = checkpoint.eos_token_ids
+        super().__init__(checkpoint.context_length, checkpoint.vocabulary, checkpoint.eos_token_ids)
         self._decoder = _Decoder(folder, settings)
         self._chunk = settings.max_batched_tokens
-        self._waiting: deque[_Request] = deque()
-        self._running: _Request | None = None
-        self._next_id = 0
 
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         self._check(tokens, params.max_tokens)
-        self._next_id += 1
-        random = np.random.default_rng(params.seed)
-        self._waiting.append(_Request(self._next_id, list(tokens), params, random, self._decoder.empty()))
-        return self._next_id
+        return self._queue(tokens, params, _Reading(self._decoder.empty()))
 
     def _check(self, tokens: Sequence[int], new: int) -> None:
         if not tokens:
@@ -428,30 +415,17 @@ class OnnxEngine:
             self._running = self._waiting.popleft()
         request = self._running
         if len(request.prompt) + len(request.produced) > self._decoder.room:
-            self._running = None
-            return [Event(request.id, finish_reason="error", error="the KV cache is exhausted")]
+            return self._end(Event(request.id, finish_reason="error", error="the KV cache is exhausted"))
         logits = self._advance(request)
-        if logits is None:
-            return []
-        params = request.params
-        token = choose(logits, request.prompt, request.produced, params, request.random)
-        if not params.ignore_eos and token in (*self.eos_token_ids, *params.stop_token_ids):
-            self._running = None
-            return [Event(request.id, finish_reason="stop")]
-        request.produced.append(token)
-        done = len(request.produced) >= params.max_tokens
-        if done:
-            self._running = None
-        logprobs = (float(log_softmax(logits)[token]),) if params.logprobs else ()
-        return [Event(request.id, (token,), logprobs, "length" if done else None)]
+        return [] if logits is None else self._produce(request, logits, request.prompt)
 
-    def _advance(self, request: _Request) -> Floats | None:
+    def _advance(self, request: Request) -> Floats | None:
         """Read the next chunk; the logits (vocabulary,) after the last token, None while the prompt is unfinished."""
-        tokens = request.prompt + request.produced
-        chunk = tokens[request.read : request.read + self._chunk]
-        request.read += len(chunk)
-        logits = self._decoder.read(np.array(chunk), request.past, last=True)
-        return logits[-1] if request.read == len(tokens) else None
+        tokens, kept = request.prompt + request.produced, request.kept
+        chunk = tokens[kept.read : kept.read + self._chunk]
+        kept.read += len(chunk)
+        logits = self._decoder.read(np.array(chunk), kept.past, last=True)
+        return logits[-1] if kept.read == len(tokens) else None
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> Floats:
         """log p(token[i] | tokens before i) for i ≥ 1 in the chunks that serving reads, shape (len(tokens) − 1,).
@@ -468,22 +442,8 @@ class OnnxEngine:
             values.extend(float(log_softmax(row)[token]) for row, token in zip(rows, following, strict=False))
         return np.array(values, np.float32)
 
-    def busy(self) -> bool:
-        return self._running is not None or bool(self._waiting)
-
-    def cancel(self, request_id: int) -> None:
-        self._waiting = deque(request for request in self._waiting if request.id != request_id)
-        if self._running is not None and self._running.id == request_id:
-            self._running = None
-
-    def stats(self) -> dict[str, Any]:
-        running = self._running is not None
-        return {"running": int(running), "waiting": len(self._waiting), "context": self.context,
-                "vocabulary": self.vocabulary, "batching": BATCHING}  # fmt: skip
-
     def close(self) -> None:
-        self._waiting.clear()
-        self._running = None
+        super().close()
         del self._decoder
 
 
