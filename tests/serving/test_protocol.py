@@ -21,7 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightship.engine import EngineSettings, GenerationParams
 from lightship.errors import EngineDied
-from lightship.serving.app import BODY_LIMIT, create_app
+from lightship.serving import openai as routes
+from lightship.serving.app import create_app
+from lightship.serving.limits import BODY_LIMIT
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, url_of, wait_ready
 from lightship.serving.text import TextStream
@@ -61,7 +63,8 @@ def folder(tmp_path_factory):
 def served(folder):
     worker = Worker("fake", EngineSettings())
     worker.load(folder)
-    app = create_app(worker, ServedModel.load("org/fake", "0" * 64, folder))
+    model = ServedModel.load("org/fake", "0" * 64, folder)
+    app = create_app(worker, lambda app: routes.add_routes(app, worker, model))
     with bind("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -1,13 +1,12 @@
-"""The HTTP API of an encoder: /predict for labels and answers, /v1/embeddings, /v1/models, /livez, /readyz."""
+"""The routes of an encoder: /predict for labels and answers, /v1/embeddings, /v1/models."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from tokenizers import Encoding
 
 from lightship.encoder import NEVER, Encoder, Row, row_of
 from lightship.engine import EncoderEngine, EngineSettings
 from lightship.errors import EngineDied, RequestError
 from lightship.find import find
-from lightship.serving import errors
-from lightship.serving.app import BodyLimit, add_models, check_name, unless_gone
+from lightship.serving.connection import unless_gone
+from lightship.serving.models import add_models, check_name
 from lightship.serving.schema import AnswerRequest, ClassifyRequest, EmbeddingsRequest
 
 JSON = dict[str, Any]
@@ -52,6 +50,8 @@ class ServedEncoder:
 class Runner:
     """The engine of an encoder in a thread of its own, which lets others work while it computes. Runs one batch after
     the other, first come, first served; a request of many inputs is many batches, so it does not block the rest."""
+
+    failure: str | None = None  # an error is the request's own: the engine lives on
 
     def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
         self.encoder = Encoder.load(folder)
@@ -87,54 +87,19 @@ class Runner:
         return [each[:, : len(row)] if self.encoder.kind == "qa" else each
                 for each, row in zip(meaning, rows, strict=True)]  # fmt: skip
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Release the model, once its batch is done."""
-        self._thread.shutdown(cancel_futures=True)
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         if self._engine is not None:
             self._engine.close()
         self._engine = None
 
 
-def create_app(runner: Runner, model: ServedEncoder) -> FastAPI:
-    """The API in front of `runner`, which is started with the app and closed with it."""
-
-    def failed(starting: asyncio.Task[None]) -> None:
-        if not starting.cancelled():
-            app.state.failure = starting.exception()
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(runner.start())
-        starting.add_done_callback(failed)
-        try:
-            yield
-        finally:
-            starting.cancel()
-            await asyncio.to_thread(runner.close)
-
-    app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.failure, app.state.ready = None, lambda: runner.ready
-    errors.install(app)
-    app.add_middleware(BodyLimit)
-    _health(app, runner)
+def add_routes(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+    """The routes of an encoder."""
     add_models(app, model)
     {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, runner, model)
     _elsewhere(app, model)
-    return app
-
-
-def _health(app: FastAPI, runner: Runner) -> None:
-    @app.get("/livez")
-    async def livez() -> JSON:
-        return {"status": "alive"}
-
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
-        if runner.ready:
-            return JSONResponse({"status": "ready"})
-        failure = app.state.failure
-        state = {"status": "failed" if failure else "loading", "reason": str(failure) if failure else None}
-        return JSONResponse(state, 503)
 
 
 def _elsewhere(app: FastAPI, model: ServedEncoder) -> None:

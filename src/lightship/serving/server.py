@@ -45,10 +45,12 @@ def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
     worker.load(folder)
     import uvicorn
 
+    from lightship.serving import openai
     from lightship.serving.app import create_app
     from lightship.serving.model import ServedModel
 
-    app = create_app(worker, ServedModel.load(bundle.name, bundle.digest, folder))
+    model = ServedModel.load(bundle.name, bundle.digest, folder)
+    app = create_app(worker, lambda app: openai.add_routes(app, worker, model))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     return uvicorn.Server(config), app
 
@@ -57,11 +59,13 @@ def _encoder_server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.S
     """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
     import uvicorn
 
-    from lightship.serving.encoder import Runner, ServedEncoder, create_app
+    from lightship.serving.app import create_app
+    from lightship.serving.encoder import Runner, ServedEncoder, add_routes
 
     target = bundle.targets[0]
     runner = Runner(target, bundle.target_folder(target), settings)
-    app = create_app(runner, ServedEncoder(bundle.name, bundle.digest, runner.encoder))
+    model = ServedEncoder(bundle.name, bundle.digest, runner.encoder)
+    app = create_app(runner, lambda app: add_routes(app, runner, model))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     return uvicorn.Server(config), app
 
