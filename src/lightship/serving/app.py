@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from lightship.serving import errors
+from lightship.serving.draining import Door, Doorkeeper
 from lightship.serving.limits import BodyLimit
 
 
@@ -59,6 +60,8 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
     app.state.failure, app.state.ready = None, lambda: engine.ready
     errors.install(app)
     app.add_middleware(BodyLimit)
+    app.state.door = Door()
+    app.add_middleware(Doorkeeper, door=app.state.door)
     _health(app, engine)
     add_routes(app)
     return app
@@ -71,6 +74,8 @@ def _health(app: FastAPI, engine: Served) -> None:
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        if app.state.door.closing:
+            return JSONResponse({"status": "stopping", "reason": None}, 503)
         if engine.ready:
             return JSONResponse({"status": "ready"})
         starting: asyncio.Task[None] = app.state.starting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import signal
 import socket
 import threading
 import time
@@ -21,6 +20,8 @@ from lightship.serving.worker import Worker
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+
+    from lightship.serving.app import Served
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -43,31 +44,35 @@ def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
     folder = bundle.target_folder(bundle.targets[0])
     worker.load(folder)
-    import uvicorn
-
     from lightship.serving import openai
     from lightship.serving.app import create_app
     from lightship.serving.model import ServedModel
 
     model = ServedModel.load(bundle.name, bundle.digest, folder)
     app = create_app(worker, lambda app: openai.add_routes(app, worker, model))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    return uvicorn.Server(config), app
+    return _listening(app, worker), app
 
 
 def _encoder_server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
     """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
-    import uvicorn
-
     from lightship.serving.app import create_app
-    from lightship.serving.encoder import Runner, ServedEncoder, add_routes
+    from lightship.serving.batcher import Batcher
+    from lightship.serving.encoder import ServedEncoder, add_routes
 
     target = bundle.targets[0]
-    runner = Runner(target, bundle.target_folder(target), settings)
-    model = ServedEncoder(bundle.name, bundle.digest, runner.encoder)
-    app = create_app(runner, lambda app: add_routes(app, runner, model))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    return uvicorn.Server(config), app
+    batcher = Batcher(target, bundle.target_folder(target), settings)
+    model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder)
+    app = create_app(batcher, lambda app: add_routes(app, batcher, model))
+    return _listening(app, batcher), app
+
+
+def _listening(app: FastAPI, engine: Served) -> uvicorn.Server:
+    import uvicorn
+
+    from lightship.serving.draining import DrainingServer
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
+    return DrainingServer(config, app.state.door, engine.close)
 
 
 def url_of(bound: socket.socket) -> str:
@@ -83,7 +88,7 @@ def serve(
     settings: EngineSettings | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish.
+    """Serve until SIGINT or SIGTERM; what runs then has 30 s to finish, a second signal ends it at once.
 
     Raises `EngineError` when the model cannot be loaded.
     """
@@ -107,8 +112,7 @@ def serve(
             server, app = _encoder_server(opened, settings)
         watching = threading.Thread(target=_watch, args=(server, app, url_of(bound), progress), daemon=True)
         watching.start()
-        with _signals_end_quietly():
-            server.run(sockets=[bound])
+        server.run(sockets=[bound])
         watching.join(1)
         if app.state.failure is not None:
             raise app.state.failure
@@ -132,18 +136,6 @@ def _watch(server: uvicorn.Server, app: FastAPI, url: str, progress: Callable[[s
             progress(f"serving on {url} (Ctrl-C stops)")
             return
         time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it again when it is done; here that is the ordinary end, exit code 0."""
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 @contextlib.contextmanager
