@@ -162,9 +162,10 @@ def report(name: str, rate: float, found: Phase) -> list[str]:
     """A row of the table."""
     sizes = [size for _, size in found.memory]
     refused = [each for each in found.seen if each.outcome in ("refused 429", "refused 503")]
+    told_when = f"{sum(each.retry_after for each in refused)} of {len(refused)}"
     return [name, f"{rate:.2f}", str(len(found.seen)), outcomes(found), f"{found.p95('ttft'):.2f}",
             f"{1000 * found.p95('tpot'):.0f}", f"{sizes[0] / 1e6:.0f} → {sizes[-1] / 1e6:.0f}",
-            f"{found.slope() / 1e6:+.1f}", f"{sum(each.retry_after for each in refused)} of {len(refused)}"]  # fmt: skip
+            f"{found.slope() / 1e6:+.1f}", told_when]  # fmt: skip
 
 
 async def soak(url: str, pid: int, requests: Sequence[bytes], minutes: float) -> str:
