@@ -124,6 +124,7 @@ class _FakeRequest:
     tokens: list[int]
     params: GenerationParams
     produced: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -131,7 +132,8 @@ class FakeEngine:
     """Generates `(last + 1) mod vocabulary`, one token a step: no model, the whole protocol. For tests of servers.
 
     Its faults are those of real engines: after `fail_after` steps it raises, after `hang_after` a step never returns,
-    after `segfault_after` its process is gone; a step takes `slow` seconds and leaks `leak` bytes.
+    after `segfault_after` its process is gone; a step takes `slow` seconds and leaks `leak` bytes; a prompt takes
+    `prefill` steps that give no token.
     """
 
     vocabulary: int = 256
@@ -141,6 +143,7 @@ class FakeEngine:
     hang_after: int | None = None
     segfault_after: int | None = None
     slow: float = 0.0
+    prefill: int = 0
     leak: int = 0
     _leaked: list[bytes] = field(default_factory=list)
     _requests: dict[int, _FakeRequest] = field(default_factory=dict)
@@ -169,6 +172,9 @@ class FakeEngine:
         self._fault()
         events = []
         for request_id, request in list(self._requests.items()):
+            request.steps += 1
+            if request.steps <= self.prefill:
+                continue
             token = (request.tokens[-1] + 1) % self.vocabulary
             stops = (*request.params.stop_token_ids, self.eos_token_id)
             if token in stops and not request.params.ignore_eos:

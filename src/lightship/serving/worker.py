@@ -124,7 +124,7 @@ class Worker:
         return self._reading.done() or not self.alive
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Until the child ends, or says what it must not; then there is no child any more."""
+        """Until the child ends, or says what it must not; then nothing of it is believed any more."""
         failure = wire.ENDED
         try:
             while True:
@@ -135,8 +135,6 @@ class Worker:
             log.exception("what the engine process said was not understood")
         finally:
             self.ready, self.failure = False, failure
-            assert self._process is not None
-            self._process.kill()
             for stream in self._streams.values():
                 stream.put_nowait(EngineDied(failure))
 
