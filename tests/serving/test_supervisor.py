@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import msgspec
 import psutil
 import pytest
 
@@ -20,7 +22,8 @@ from lightship.serving import wire
 from lightship.serving.supervisor import TOKENLESS, Care, Supervisor, Watchdog, once_more
 from lightship.serving.worker import Worker
 
-QUICK = Care(stall=1.0, backoff=0.05, interval=0.05)
+QUICK = Care(backoff=0.05, interval=0.05)
+STRICT = Care(stall=1.0, backoff=0.05, interval=0.05)
 ENDLESS = GenerationParams(max_tokens=10_000_000)
 
 
@@ -139,7 +142,7 @@ def test_restarts_are_bounded_and_then_it_stays_down(tmp_path):
     faults(tmp_path, fail_after=0)
 
     async def run():
-        async with supervised(tmp_path, Care(restarts=2, backoff=0.05, interval=0.05)) as supervisor:
+        async with supervised(tmp_path, replace(QUICK, restarts=2)) as supervisor:
             for _ in range(3):
                 await supervisor.recovered(10)
                 with pytest.raises(EngineDied):
@@ -156,7 +159,7 @@ def test_restarts_are_bounded_and_then_it_stays_down(tmp_path):
 
 def test_restarts_long_ago_do_not_count(tmp_path):
     async def run():
-        async with supervised(tmp_path, Care(restarts=1, window=0.2, interval=0.05)) as supervisor:
+        async with supervised(tmp_path, replace(QUICK, restarts=1, window=0.2)) as supervisor:
             for count in range(3):
                 await asyncio.sleep(0.25)
                 os.kill(supervisor.pid, signal.SIGKILL)
@@ -167,7 +170,7 @@ def test_restarts_long_ago_do_not_count(tmp_path):
 
 def test_an_engine_that_cannot_be_loaded_again_is_tried_and_given_up(tmp_path):
     async def run():
-        async with supervised(tmp_path, Care(restarts=2, backoff=0.05, interval=0.05)) as supervisor:
+        async with supervised(tmp_path, replace(QUICK, restarts=2)) as supervisor:
             (tmp_path / "fake.json").write_text("{")
             os.kill(supervisor.pid, signal.SIGKILL)
             await until(lambda: supervisor.down)
@@ -178,7 +181,7 @@ def test_an_engine_that_cannot_be_loaded_again_is_tried_and_given_up(tmp_path):
 
 def test_a_load_that_hangs_is_cut_off_except_the_first(tmp_path):
     async def run():
-        async with supervised(tmp_path, Care(stall=0.2, backoff=0.05, interval=0.05)) as supervisor:
+        async with supervised(tmp_path, STRICT) as supervisor:
             supervisor._load_seconds = 0.01
             faults(tmp_path, load=60)
             os.kill(supervisor.pid, signal.SIGKILL)
@@ -213,7 +216,7 @@ def test_a_step_that_hangs_is_found_killed_and_replaced(tmp_path):
     faults(tmp_path, hang_after=3)
 
     async def run():
-        async with supervised(tmp_path) as supervisor:
+        async with supervised(tmp_path, STRICT) as supervisor:
             first, began = supervisor.pid, time.monotonic()
             faults(tmp_path, load=0.5)
             with pytest.raises(EngineDied):
@@ -233,7 +236,7 @@ def test_clients_that_leave_do_not_hide_a_stuck_engine(tmp_path):
     faults(tmp_path, hang_after=0)
 
     async def run():
-        async with supervised(tmp_path) as supervisor:
+        async with supervised(tmp_path, STRICT) as supervisor:
             faults(tmp_path)
             for _ in range(3):
                 with pytest.raises(TimeoutError):
@@ -246,14 +249,14 @@ def test_clients_that_leave_do_not_hide_a_stuck_engine(tmp_path):
 
 def test_steps_without_tokens_are_progress_and_an_idle_engine_is_not_stuck(tmp_path):
     """The first token takes longer than the watchdog waits, and then nothing happens for longer than that."""
-    faults(tmp_path, slow=0.6, prefill=3)
+    faults(tmp_path, slow=0.4, prefill=4)
 
     async def run():
-        async with supervised(tmp_path) as supervisor:
+        async with supervised(tmp_path, STRICT) as supervisor:
             assert await tokens(supervisor, count=1) == [2]
             await asyncio.sleep(1.2)
             assert supervisor.restarts == 0 and supervisor.ready
-            assert supervisor.stats["steps"] == 4 and supervisor.stats["running"] == 0
+            assert supervisor.stats["steps"] == 5 and supervisor.stats["running"] == 0
 
     asyncio.run(run())
 
@@ -281,7 +284,7 @@ def test_a_stopped_parent_does_not_blame_its_engine(tmp_path):
     faults(tmp_path, slow=0.3)
 
     async def run():
-        async with supervised(tmp_path) as supervisor:
+        async with supervised(tmp_path, STRICT) as supervisor:
             stream = await running(supervisor)
             await asyncio.sleep(0.15)  # in mid-step, looked at
             os.kill(supervisor.pid, signal.SIGSTOP)
@@ -407,12 +410,13 @@ while connection.recv(65536):
 import time
 time.sleep(60)
 """
+DEEP = msgspec.msgpack.encode(wire.Progress(1, 1, False, {})).replace(b"\x80", b"\x81\xa1x" + b"\x91" * 5000 + b"\xc0")
 LIES = {
     "no message": b"\x00\x00\x00\x04\xc1\xc1\xc1\xc1",
     "too long": b"\xff\xff\xff\xff" + b"x" * 1000,
     "tokens that are none": wire.frame(wire.Gained(Event(1, ("a",)))),
     "a type of none": b"\x00\x00\x00\x01\xc0",
-    "deep": b"\x00\x00\x10\x00" + b"\x91" * 4096,
+    "deep": wire.HEADER.pack(len(DEEP)) + DEEP,
 }
 
 
@@ -449,7 +453,7 @@ def test_an_engine_that_grows_is_replaced_when_it_is_idle(tmp_path, caplog):
         async with supervised(tmp_path) as supervisor:
             await until(lambda: supervisor.memory)
             limit = supervisor.memory.at_ready + 50 * 2**20
-        async with supervised(tmp_path, Care(memory_limit=limit, interval=0.05)) as supervisor:
+        async with supervised(tmp_path, replace(QUICK, memory_limit=limit, window=1.0)) as supervisor:
             first = supervisor.pid
             assert len(await tokens(supervisor, count=100)) == 100  # not cut off
             await until(lambda: supervisor.restarts == 1 and supervisor.ready)
@@ -468,7 +472,7 @@ def test_an_engine_that_grows_and_never_rests_is_drained_then_not_waited_for(tmp
         async with supervised(tmp_path) as supervisor:
             await until(lambda: supervisor.memory)
             limit = supervisor.memory.at_ready + 20 * 2**20
-        async with supervised(tmp_path, Care(memory_limit=limit, interval=0.05, grace=0.5)) as supervisor:
+        async with supervised(tmp_path, replace(QUICK, memory_limit=limit, window=0.5, grace=0.5)) as supervisor:
             first = supervisor.pid
             busy = asyncio.create_task(drained(supervisor.generate([1], ENDLESS)))
             await until(lambda: supervisor._worker.draining)
@@ -484,9 +488,26 @@ def test_an_engine_that_grows_and_never_rests_is_drained_then_not_waited_for(tmp
     asyncio.run(run())
 
 
+def test_a_limit_that_each_engine_passes_restarts_them_now_and_then_only(tmp_path):
+    faults(tmp_path, leak=64 * 2**20)
+
+    async def run():
+        async with supervised(tmp_path) as supervisor:
+            await until(lambda: supervisor.memory)
+            limit = supervisor.memory.at_ready + 20 * 2**20
+        async with supervised(tmp_path, replace(QUICK, memory_limit=limit, window=5.0, restarts=5)) as supervisor:
+            began = time.monotonic()
+            while time.monotonic() < began + 2.5:
+                await once_more(lambda: tokens(supervisor, count=1), lambda: False, supervisor, 10)
+                await asyncio.sleep(0.05)
+            assert 1 <= supervisor.restarts <= 3 and not supervisor.down
+
+    asyncio.run(run())
+
+
 def test_a_limit_below_what_the_model_needs_is_said_and_not_enforced(tmp_path, caplog):
     async def run():
-        async with supervised(tmp_path, Care(memory_limit=2**20, interval=0.05)) as supervisor:
+        async with supervised(tmp_path, replace(QUICK, memory_limit=2**20, window=0.5)) as supervisor:
             assert len(await tokens(supervisor)) == 5
             await asyncio.sleep(0.3)
             assert supervisor.restarts == 0

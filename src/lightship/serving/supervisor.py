@@ -36,8 +36,9 @@ class Care:
 
     It is stuck when it has work and no step returned for `stall`. After `restarts` within `window` it stays down; the
     pause before them is 0, `backoff`, 2 × `backoff`, …. Above `memory_limit` it is replaced as soon as it is idle; when
-    it is busy for `grace` it gets no new requests, and after another `grace` it is not waited for. Every `interval` it
-    is looked at.
+    it is busy for `grace` it gets no new requests, and after another `grace` it is not waited for. That does not happen
+    more often than `restarts` in `window` either, so that a limit which is too low for the model slows it down and does
+    not stop it. Every `interval` it is looked at.
     """
 
     stall: float = 60.0
@@ -277,6 +278,7 @@ class Growth:
 
     def __init__(self, worker: Worker, care: Care) -> None:
         self._worker, self._care = worker, care
+        self._not_before = time.monotonic() + care.window / max(care.restarts, 1)
         self._above_since: float | None = None
         self.memory: Memory | None = None
         self.memory = self._sample()
@@ -302,7 +304,7 @@ class Growth:
     def trouble(self, now: float) -> Trouble | None:
         """Whether the engine is to be replaced for its memory now. Keeps new requests from one that never gets idle."""
         self.memory = self._sample()
-        if self._limit is None or self.memory is None:
+        if self._limit is None or self.memory is None or now < self._not_before:
             return None
         if self.memory.now <= self._limit and not self._worker.draining:
             self._above_since = None

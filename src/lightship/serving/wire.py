@@ -109,7 +109,7 @@ async def read(reader: asyncio.StreamReader) -> Reply:
         return REPLIES.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError) as error:
         raise EngineDied(ENDED) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineDied(f"the engine process sent what cannot be read: {error}") from error
 
 
