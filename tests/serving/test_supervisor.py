@@ -338,6 +338,25 @@ def test_a_request_of_which_something_was_sent_is_not_run_again(tmp_path):
     asyncio.run(run())
 
 
+def test_an_engine_killed_under_load_loses_no_request_of_which_nothing_was_sent(tmp_path):
+    faults(tmp_path, slow=0.01)
+
+    async def run():
+        async with supervised(tmp_path) as supervisor:
+
+            def ask(prompt):
+                return once_more(lambda: tokens(supervisor, prompt, 30), lambda: False, supervisor, 20)
+
+            asked = [asyncio.create_task(ask(prompt)) for prompt in range(100)]
+            await until(lambda: supervisor._worker.produced > 500)
+            os.kill(supervisor.pid, signal.SIGKILL)
+            found = await asyncio.gather(*asked)
+            assert found == [list(range(prompt + 1, prompt + 31)) for prompt in range(100)]
+            assert supervisor.restarts == 1
+
+    asyncio.run(run())
+
+
 def test_waiting_for_the_next_engine_ends(tmp_path):
     async def run():
         async with supervised(tmp_path) as supervisor:

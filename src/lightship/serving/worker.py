@@ -203,13 +203,13 @@ class Worker:
     async def close(self) -> None:
         """Kill the child, whatever it is doing: it holds nothing that has to be saved."""
         self.ready = False
-        if self._process is None or self._socket is None:
+        if self._writer is not None:
+            self._writer.transport.abort()  # `close` would wait until a dead child has read the rest
+        elif self._socket is not None:
+            self._socket.close()
+        if self._process is None:
             return
         self._process.kill()
-        if self._writer is None:
-            self._socket.close()
-        else:
-            self._writer.transport.abort()  # `close` would wait until a dead child has read the rest
         try:
             code = await asyncio.to_thread(self._process.wait, PATIENCE)
         except subprocess.TimeoutExpired:  # the kernel holds it, in a read from a dead disk for instance
