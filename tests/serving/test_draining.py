@@ -16,7 +16,7 @@ from lightship.serving.app import create_app
 from lightship.serving.draining import DrainingServer
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, url_of, wait_ready
-from lightship.serving.worker import Worker
+from lightship.serving.supervisor import Supervisor
 from tests.serving.test_protocol import byte_tokenizer
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def served(folder, drain):
-    worker = Worker("fake", EngineSettings())
+    worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
     model = ServedModel.load("fake", "0" * 64, folder)
     app = create_app(worker, lambda app: openai.add_routes(app, worker, model))

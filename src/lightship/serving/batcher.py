@@ -51,6 +51,7 @@ class Batcher:
     """
 
     failure: str | None = None  # an error is the batch's own: the engine lives on
+    live = True
 
     def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
         self.encoder = Encoder.load(folder)

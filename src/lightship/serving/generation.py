@@ -9,8 +9,8 @@ from typing import Any
 
 from lightship.engine import GenerationParams
 from lightship.serving.model import ServedModel
+from lightship.serving.supervisor import Supervisor
 from lightship.serving.text import TextStream
-from lightship.serving.worker import Worker
 
 JSON = dict[str, Any]
 
@@ -19,7 +19,7 @@ JSON = dict[str, Any]
 class Answer:
     """One generation on its way: pieces of text, then how it ended and what it used."""
 
-    worker: Worker
+    engine: Supervisor
     model: ServedModel
     tokens: list[int]
     params: GenerationParams
@@ -31,7 +31,7 @@ class Answer:
     async def pieces(self) -> AsyncGenerator[str, None]:
         """Text as it becomes certain. Closing this early cancels the request in the engine."""
         text = TextStream(self.model.tokenizer, self.stops)
-        events = self.worker.generate(self.tokens, self.params)
+        events = self.engine.generate(self.tokens, self.params)
         try:
             async for event in events:
                 self.produced += len(event.token_ids)

@@ -21,22 +21,22 @@ from lightship.serving.generation import Answer
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
-from lightship.serving.worker import Worker
+from lightship.serving.supervisor import Supervisor
 
 log = logging.getLogger("lightship.serving")
 JSON = dict[str, Any]
 
 
-def add_routes(app: FastAPI, worker: Worker, model: ServedModel) -> None:
+def add_routes(app: FastAPI, engine: Supervisor, model: ServedModel) -> None:
     """The routes of a model that generates."""
-    add_models(app, model, lambda: worker.stats.get("batching"))
+    add_models(app, model, lambda: engine.stats.get("batching"))
 
     def check(body: Sampling) -> None:
         check_name(model, body.model)
         body.refuse_unsupported()
 
     def answer(body: Sampling, tokens: list[int], wanted: int | None, param: str) -> Answer:
-        return Answer(worker, model, tokens, body.params(model.room(tokens, wanted, param)), body.stops())
+        return Answer(engine, model, tokens, body.params(model.room(tokens, wanted, param)), body.stops())
 
     # Tokenizing takes seconds for megabytes; in a thread it does not hold the other streams up.
     @app.post("/v1/chat/completions")
@@ -62,7 +62,7 @@ def add_routes(app: FastAPI, worker: Worker, model: ServedModel) -> None:
     async def predict(body: PredictRequest, request: Request) -> JSON:
         tokens = await asyncio.to_thread(model.question_tokens, body.input)
         limit = model.room(tokens, body.max_tokens, "input")
-        found = Answer(worker, model, tokens, GenerationParams(limit, body.temperature, seed=body.seed), [])
+        found = Answer(engine, model, tokens, GenerationParams(limit, body.temperature, seed=body.seed), [])
         text = await _collect(found, request)
         return {"output": text, "model": model.name, "finish_reason": found.finish, "usage": found.usage()}
 

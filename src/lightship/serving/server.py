@@ -15,7 +15,7 @@ from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.kind import Kind
-from lightship.serving.worker import Worker
+from lightship.serving.supervisor import Supervisor
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,17 +40,17 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
+def _server(bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
     folder = bundle.target_folder(bundle.targets[0])
-    worker.load(folder)
+    engine.load(folder)
     from lightship.serving import openai
     from lightship.serving.app import create_app
     from lightship.serving.model import ServedModel
 
     model = ServedModel.load(bundle.name, bundle.digest, folder)
-    app = create_app(worker, lambda app: openai.add_routes(app, worker, model))
-    return _listening(app, worker), app
+    app = create_app(engine, lambda app: openai.add_routes(app, engine, model))
+    return _listening(app, engine), app
 
 
 def _encoder_server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
@@ -97,15 +97,15 @@ def serve(
         settings = settings or EngineSettings()
         _refuse_unserved(Bundle.stated_kind(path))
         if Bundle.stated_kind(path) == "decoder":
-            worker = Worker(Bundle.stated_target(path), settings)
-            worker.spawn()  # imports its runtime while the bundle is verified
+            engine = Supervisor(Bundle.stated_target(path), settings)
+            engine.spawn()  # imports its runtime while the bundle is verified
             try:
                 opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             except BaseException:
-                worker.kill()
+                engine.kill()
                 raise
             progress(f"{opened.name} is intact; loading")
-            server, app = _server(opened, worker)
+            server, app = _server(opened, engine)
         else:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             progress(f"{opened.name} is intact; loading")
@@ -148,7 +148,7 @@ def running(
     with bind(host, port) as bound:
         settings = settings or EngineSettings()
         if opened.kind == "decoder":
-            server, _ = _server(opened, Worker(opened.targets[0], settings))
+            server, _ = _server(opened, Supervisor(opened.targets[0], settings))
         else:
             server, _ = _encoder_server(opened, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
