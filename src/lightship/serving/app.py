@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from lightship.serving import errors
-from lightship.serving.draining import Door, Doorkeeper
+from lightship.serving.draining import Door, Turnstile
 from lightship.serving.limits import BodyLimit
 
 
@@ -66,7 +66,7 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
     errors.install(app)
     app.add_middleware(BodyLimit)
     app.state.door = Door()
-    app.add_middleware(Doorkeeper, door=app.state.door)
+    app.add_middleware(Turnstile, door=app.state.door)
     _health(app, engine)
     add_routes(app)
     return app

@@ -26,7 +26,7 @@ class Door:
         self.closing = False
 
 
-class Doorkeeper:
+class Turnstile:
     """ASGI middleware: who comes while the server ends gets 503 at once, and may try again elsewhere."""
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
