@@ -1,0 +1,131 @@
+"""Who may do what: once there is a key, nothing is answered without one but /livez and /readyz."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lightship.errors import UsageError
+from lightship.serving.errors import OPEN, failure
+from lightship.serving.keys import KeyRing
+from lightship.serving.keys import Scope as KeyScope
+from lightship.serving.limits import BodyLimit, HeadLimit, Limits, refuse
+
+
+class Doorkeeper:
+    """ASGI middleware in front of everything but request ids and the limit of headers: denies by default, before any
+    of a body is read. `scope["state"]["key"]` is then the `Key`, or None on a server without keys.
+
+    `local`: a server without keys answers only requests that name this machine in `Host`, so that a web page that
+    someone visits cannot reach it under a name of its own (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, local: bool = False) -> None:
+        self._app, self._keys, self._local = app, keys, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let in or refuse."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":  # there are no websockets here
+            return await send({"type": "websocket.close", "code": 1008})
+        path = _route(scope)
+        key, refusal = None, None
+        if not (path in OPEN and scope["method"] in ("GET", "HEAD")):
+            if self._keys.locked:
+                given = _given(scope)
+                key = self._keys.find(given) if given else None
+                if key is None:
+                    message = "Incorrect API key provided" if given else (
+                        "You didn't provide an API key: send it in an Authorization header (Authorization: Bearer "
+                        "YOUR_KEY)")  # fmt: skip
+                    refusal = failure(message, 401, headers={"WWW-Authenticate": "Bearer"})
+                elif not key.may(*needed(path)):
+                    message = f"This key lacks the scope {' or '.join(needed(path))}"
+                    refusal = failure(message, 403)
+            elif self._local and not _names_this_machine(scope):
+                message = "This server has no keys and answers to localhost only"
+                refusal = failure(message, 403, code="host_not_allowed")
+        if refusal is not None:
+            return await refuse(refusal, scope, receive, send)
+        scope.setdefault("state", {})["key"] = key
+        return await self._app(scope, receive, send)
+
+
+def guard(app: FastAPI, keys: KeyRing, limits: Limits, local: bool = False) -> None:
+    """Put the doors in front of `app`, in their order: headers are counted, the key is looked at, the body is read."""
+    for door, options in (  # what is added last is met first
+        (BodyLimit, {"limits": limits}),
+        (Doorkeeper, {"keys": keys, "local": local}),
+        (HeadLimit, {}),
+    ):
+        app.add_middleware(door, **options)
+
+
+def needed(path: str) -> tuple[KeyScope, ...]:
+    """The scopes one of which a key must have for a path."""
+    first = path.split("/")[1] if path.startswith("/") else ""
+    if first == "admin":
+        return ("admin",)
+    return ("metrics", "admin") if first == "metrics" else ("use", "admin")
+
+
+def _route(scope: Scope) -> str:
+    """The path that routes are looked up by: without the prefix the app is mounted at."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _given(scope: Scope) -> str | None:
+    """The key of the request. Two of the same header are none: which one counts is not to be guessed."""
+    bearer = [value for name, value in scope["headers"] if name == b"authorization"]
+    if bearer:
+        scheme, _, secret = bearer[0].decode("latin-1").strip().partition(" ")
+        return secret.strip() or None if len(bearer) == 1 and scheme.lower() == "bearer" else None
+    plain = [value for name, value in scope["headers"] if name == b"x-api-key"]
+    return plain[0].decode("latin-1").strip() or None if len(plain) == 1 else None
+
+
+def _names_this_machine(scope: Scope) -> bool:
+    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    if len(hosts) != 1:
+        return not hosts  # HTTP/1.0 has none, and a browser always sends one
+    host = hosts[0].strip()
+    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+    return is_loopback(name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine only. Names other than localhost are not looked up."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def check_exposure(host: str, keys: KeyRing, tls: bool, behind_proxy: bool) -> None:
+    """Raise `UsageError` where others could reach `host` and there is no key, or the key would travel in the clear."""
+    if is_loopback(host):
+        return
+    if not keys.locked:
+        raise UsageError(
+            f"{host or 'every address'} can be reached by others, and there is no key: anyone could use the server",
+            hint="`lightship keys create NAME` makes one; without keys serve on 127.0.0.1",
+        )
+    if not (tls or behind_proxy):
+        raise UsageError(
+            f"{host or 'every address'} can be reached by others, and keys and texts would travel unencrypted",
+            hint="give --tls-cert FILE and --tls-key FILE, or --behind-proxy where a proxy in front ends TLS",
+        )
+
+
+def shares_prefix_cache(keys: KeyRing, asked: bool) -> bool:
+    """Whether prompts that begin alike may share computed work. How fast an answer comes tells whether somebody asked
+    the same before: between holders of different keys it is shared only where the operator asks for it."""
+    return asked or not keys.locked
