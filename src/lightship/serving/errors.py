@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -117,7 +117,7 @@ def install(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return failure("the body is not valid JSON", 400, None, "invalid_json")
-        place = _place(first["loc"], error.body)
+        place = _place(first, error.body)
         return failure(_complaint(first, place), 400, place or None, _code(first))
 
     @app.exception_handler(HTTPException)
@@ -151,15 +151,17 @@ def _code(first: Mapping[str, Any]) -> str:
     return CODES.get(kind) or ("invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value")
 
 
-def _place(location: Sequence[int | str], body: Any) -> str:
+def _place(first: Mapping[str, Any], body: Any) -> str:
     """The path in the request, such as messages.0.role, without the names of union branches pydantic puts into it."""
+    where, *location = first["loc"]
     path: list[str] = []
-    for part in location:
+    for number, part in enumerate(location, 1):
+        absent = first["type"] == "missing" and number == len(location)
         if isinstance(part, int) and isinstance(body, list) and part < len(body):
             body = body[part]
-        elif isinstance(part, str) and isinstance(body, dict) and (part in body or part == location[-1]):
+        elif isinstance(part, str) and isinstance(body, dict) and (part in body or absent):
             body = body.get(part)
-        else:
+        elif where == "body":
             continue
         path.append(str(part)[:60])
     return ".".join(path)[:100]
