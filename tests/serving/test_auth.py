@@ -12,8 +12,9 @@ import time
 import httpx
 import pytest
 
-from lightship.errors import UsageError
-from lightship.serving.auth import Doorkeeper, check_exposure, is_loopback, needed, shares_prefix_cache
+from lightship.errors import RequestError, UsageError
+from lightship.serving.auth import Doorkeeper, check_exposure, check_tls, is_loopback, needed, shares_prefix_cache
+from lightship.serving.client import stream_chat
 from lightship.serving.keys import KeyFile, KeyRing
 from tests.serving.door import dial, healthy, model_folder, post, served, status_of, until_closed
 
@@ -319,6 +320,28 @@ def test_the_doors_hold_over_tls_too(folder, file, keys, certificate):
         with dial(url) as plain:  # no answer in the clear
             plain.sendall(post(b"{}"))
             assert b"HTTP" not in until_closed(plain)
+
+
+def test_files_for_tls_are_looked_at_first(tmp_path, certificate):
+    cert, key = certificate
+    assert check_tls(cert, key) and not check_tls(None, None)
+    for pair in ((cert, None), (None, key)):
+        with pytest.raises(UsageError, match="belong together"):
+            check_tls(*pair)
+    other, locked = tmp_path / "other.pem", tmp_path / "locked.pem"
+    subprocess.run(["openssl", "ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", other], check=True)
+    subprocess.run(["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked], check=True,
+                   capture_output=True)  # fmt: skip
+    for pair in ((cert, other), (cert, locked), (key, cert), (cert, tmp_path / "none"), (cert, tmp_path)):
+        with pytest.raises(UsageError, match="cannot be used for TLS"):
+            check_tls(*pair)
+
+
+def test_the_chat_client_has_a_key(server, keys):
+    ask = [{"role": "user", "content": "a"}]
+    assert "".join(stream_chat(server[0], ask, keys["use"], max_tokens=3)) == "bcd"
+    with pytest.raises(RequestError, match="You didn't provide an API key"):
+        list(stream_chat(server[0], ask))
 
 
 def test_status_of_reads_the_last_answer():

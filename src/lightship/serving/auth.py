@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -123,6 +125,24 @@ def check_exposure(host: str, keys: KeyRing, tls: bool, behind_proxy: bool) -> N
             f"{host or 'every address'} can be reached by others, and keys and texts would travel unencrypted",
             hint="give --tls-cert FILE and --tls-key FILE, or --behind-proxy where a proxy in front ends TLS",
         )
+
+
+def check_tls(certificate: Path | None, key: Path | None) -> bool:
+    """Whether TLS is asked for. Raises `UsageError` where one of the files is missing, unreadable, or not the other's:
+    before anything is loaded, and without asking for the passphrase of an encrypted key."""
+    if certificate is None and key is None:
+        return False
+    if certificate is None or key is None:
+        raise UsageError("--tls-cert and --tls-key belong together", hint="give both files, or neither")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=b"")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"{certificate} and {key} cannot be used for TLS: {reason}",
+            hint="PEM files: the certificate with its chain, and its key without a passphrase",
+        ) from error
+    return True
 
 
 def shares_prefix_cache(keys: KeyRing, asked: bool) -> bool:
