@@ -10,10 +10,14 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightship.errors import UsageError
-from lightship.serving.errors import OPEN, failure
-from lightship.serving.keys import KeyRing
+from lightship.serving.errors import OPEN, Failure, failure
+from lightship.serving.keys import Key, KeyRing
 from lightship.serving.keys import Scope as KeyScope
 from lightship.serving.limits import BodyLimit, HeadLimit, Limits, refuse
+
+MISSING = "You didn't provide an API key: send it in an Authorization header (Authorization: Bearer YOUR_KEY)"
+WRONG = "Incorrect API key provided"
+STRANGER = "This server has no keys and answers to localhost only"
 
 
 class Doorkeeper:
@@ -33,27 +37,27 @@ class Doorkeeper:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":  # there are no websockets here
             return await send({"type": "websocket.close", "code": 1008})
-        path = _route(scope)
-        key, refusal = None, None
-        if not (path in OPEN and scope["method"] in ("GET", "HEAD")):
-            if self._keys.locked:
-                given = _given(scope)
-                key = self._keys.find(given) if given else None
-                if key is None:
-                    message = "Incorrect API key provided" if given else (
-                        "You didn't provide an API key: send it in an Authorization header (Authorization: Bearer "
-                        "YOUR_KEY)")  # fmt: skip
-                    refusal = failure(message, 401, headers={"WWW-Authenticate": "Bearer"})
-                elif not key.may(*needed(path)):
-                    message = f"This key lacks the scope {' or '.join(needed(path))}"
-                    refusal = failure(message, 403)
-            elif self._local and not _names_this_machine(scope):
-                message = "This server has no keys and answers to localhost only"
-                refusal = failure(message, 403, code="host_not_allowed")
-        if refusal is not None:
-            return await refuse(refusal, scope, receive, send)
-        scope.setdefault("state", {})["key"] = key
+        verdict = self._judge(scope)
+        if isinstance(verdict, Failure):
+            return await refuse(verdict, scope, receive, send)
+        scope.setdefault("state", {})["key"] = verdict
         return await self._app(scope, receive, send)
+
+    def _judge(self, scope: Scope) -> Key | Failure | None:
+        """The key, a refusal, or None where no key is needed."""
+        path = _route(scope)
+        if path in OPEN and scope["method"] in ("GET", "HEAD"):
+            return None
+        if not self._keys.locked:
+            stranger = self._local and not _names_this_machine(scope)
+            return failure(STRANGER, 403, code="host_not_allowed") if stranger else None
+        given = _given(scope)
+        key = self._keys.find(given) if given else None
+        if key is None:
+            return failure(WRONG if given else MISSING, 401, headers={"WWW-Authenticate": "Bearer"})
+        if not key.may(*needed(path)):
+            return failure(f"This key lacks the scope {' or '.join(needed(path))}", 403)
+        return key
 
 
 def guard(app: FastAPI, keys: KeyRing, limits: Limits, local: bool = False) -> None:

@@ -27,7 +27,7 @@ class Limits:
 
     body: int = BODY_LIMIT  # bytes of a body
     chunks: int = 10_000  # pieces a body may be sent in; each costs the event loop the same, however small
-    connections: int = 1000  # open at the same time; those beyond are refused
+    connections: int = 500  # open at the same time; those beyond are refused, up to as many again with an answer
     head_seconds: float = 10.0  # until the last line of the headers is here
     body_seconds: float = 30.0  # until the last byte of a body is here
     write_seconds: float = 30.0  # without a client taking anything of what is sent to it
