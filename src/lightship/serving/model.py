@@ -13,13 +13,15 @@ from tokenizers import Tokenizer
 
 from lightship.checkpoint import context_length
 from lightship.errors import ContextTooLong, RequestError, UnsupportedError
+from lightship.serving.tools import Tools, recorded
 from lightship.template import ChatTemplate, load_template
 from lightship.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A runtime folder as the API sees it. `context` in tokens, `digest` of the bundle."""
+    """A runtime folder as the API sees it. `context` in tokens, `digest` of the bundle; `tools` says how it calls
+    functions, None when it does not."""
 
     name: str
     digest: str
@@ -27,6 +29,7 @@ class ServedModel:
     vocabulary: int
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    tools: Tools | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @staticmethod
@@ -36,13 +39,27 @@ class ServedModel:
         if not isinstance(config.get("vocab_size"), int):
             raise UnsupportedError(f"{folder / 'config.json'} has no vocab_size")
         context = context_length(config) or 2048
-        return ServedModel(name, digest, context, config["vocab_size"], load_tokenizer(folder), load_template(folder))
+        template = load_template(folder)
+        return ServedModel(
+            name, digest, context, config["vocab_size"], load_tokenizer(folder), template, recorded(template, folder)
+        )
 
-    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The prompt of a chat. Raises `RequestError` when the model has no chat template."""
+    def chat_tokens(
+        self, messages: Sequence[dict[str, Any]], functions: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt of a chat in which `functions` may be called. Raises `RequestError` when the model has no chat
+        template, or one whose calls are not known and the chat has some."""
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        return self._encode(self.template.render(messages), special=False)
+        if self.tools is not None:
+            messages = self.tools.prepare(messages)
+        elif functions is not None or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            raise RequestError(
+                f"{self.name!r} calls no functions: its chat template belongs to no family whose calls are read here",
+                "tools" if functions is not None else "messages",
+                "unsupported_parameter",
+            )
+        return self._encode(self.template.render(messages, tools=functions), special=False)
 
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The prompt of a completion; token ids are checked against the vocabulary."""
