@@ -10,11 +10,26 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "tags"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text must be: JSON of the schema `text`, any JSON object, a match of a regular expression, a sentence of
+    an EBNF grammar whose start is `root`, or structural tags (xgrammar's JSON). An engine that cannot hold an answer to
+    it raises `RequestError`."""
+
+    kind: GrammarKind
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen."""
+    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen.
+
+    `logprobs` asks for the log-probability of each chosen token: the model's own over the whole vocabulary, before
+    penalties, temperature and grammar.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -28,6 +43,7 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
+def _server(bundle: Bundle, worker: Worker, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
     folder = bundle.target_folder(bundle.targets[0])
     worker.load(folder)
@@ -49,8 +49,8 @@ def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
     from lightship.serving.app import create_app
     from lightship.serving.model import ServedModel
 
-    model = ServedModel.load(bundle.name, bundle.digest, folder)
-    app = create_app(worker, lambda app: openai.add_routes(app, worker, model))
+    model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
+    app = create_app(worker, lambda app: openai.add_routes(app, worker, model, lambda: worker.stats.get("batching")))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     return uvicorn.Server(config), app
 
@@ -100,7 +100,7 @@ def serve(
                 worker.kill()
                 raise
             progress(f"{opened.name} is intact; loading")
-            server, app = _server(opened, worker)
+            server, app = _server(opened, worker, settings)
         else:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             progress(f"{opened.name} is intact; loading")
@@ -156,7 +156,7 @@ def running(
     with bind(host, port) as bound:
         settings = settings or EngineSettings()
         if opened.kind == "decoder":
-            server, _ = _server(opened, Worker(opened.targets[0], settings))
+            server, _ = _server(opened, Worker(opened.targets[0], settings), settings)
         else:
             server, _ = _encoder_server(opened, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -160,6 +160,10 @@ class Worker:
             if not finished and self.ready:
                 self._writer.write(frame({"type": "cancel", "id": request_id}))
 
+    async def recovered(self, timeout: float) -> None:
+        """Raises `EngineDied`: nobody starts a worker again."""
+        raise EngineDied(f"the engine process ended: {self.failure}" if self.failure else "the engine process ended")
+
     async def close(self) -> None:
         """End the child."""
         self.ready = False
