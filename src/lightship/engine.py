@@ -143,13 +143,15 @@ class _FakeRequest:
 class FakeEngine:
     """Generates `(last + 1) mod vocabulary`, one token a step: no model, the whole protocol. For tests of servers.
 
-    `fail_after` steps it raises, as a real engine does when it dies.
+    `fail_after` steps it raises, as a real engine does when it dies. With a `script` it says these tokens,
+    over and over, whatever it is asked.
     """
 
     vocabulary: int = 256
     context: int = 2048
     eos_token_id: int | None = None
     fail_after: int | None = None
+    script: tuple[int, ...] = ()
     _requests: dict[int, _FakeRequest] = field(default_factory=dict)
     _next_id: int = 0
     _steps: int = 0
@@ -166,6 +168,8 @@ class FakeEngine:
         events = []
         for request_id, request in list(self._requests.items()):
             token = (request.tokens[-1] + 1) % self.vocabulary
+            if self.script:
+                token = self.script[request.produced % len(self.script)]
             stops = (*request.params.stop_token_ids, self.eos_token_id)
             if token in stops and not request.params.ignore_eos:
                 events.append(Event(request_id, finish_reason="stop"))

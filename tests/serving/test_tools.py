@@ -1,8 +1,10 @@
 """Tool calls: the family of a template, its parser, its grammar, and chats with tools."""
 
+import contextlib
 import json
 import re
 
+import openai
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,11 +15,12 @@ from lightship.errors import RequestError
 from lightship.pipeline import ship
 from lightship.recipe import Precision, Recipe
 from lightship.serving.model import ServedModel
-from lightship.serving.tools import Tools, detect, recognise
+from lightship.serving.tools import Tools, detect, recognise, record
 from lightship.serving.tools.parser import Arguments, Start, Text
 from lightship.serving.tools.schema import AssistantToolCall, Tool, ToolChoice, calling
 from lightship.template import ChatTemplate, load_template
 from tests.chat_templates import FAMILIES, HERMES, MISTRAL
+from tests.serving.test_protocol import byte_tokenizer, served
 from tests.tiny import TEMPLATE, tiny_llama, tiny_tokenizer
 
 WEATHER = {
@@ -387,3 +390,157 @@ def test_arguments_become_the_object_that_templates_expect():
     assert '"arguments": {"b": [1, "ü"]}' in ChatTemplate(HERMES, {}).render(
         [{"role": "assistant", "content": "", "tool_calls": [call.plain("")]}]
     )
+
+
+# ── Chats over HTTP ─────────────────────────────────────────────────────────
+
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "[TOOL_CALLS]"]
+
+
+@contextlib.contextmanager
+def saying(folder, text, source, **fake):
+    """A client of a server whose model says `text`, a byte a token, and has the chat template `source`."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 300, "max_position_embeddings": 100_000}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    record(load_template(folder), folder)
+    script = tokenizer.encode(f"{text}<|end|>").ids
+    fake = {"vocabulary": 300, "eos_token_id": script[-1], "script": script, **fake}
+    (folder / "fake.json").write_text(json.dumps(fake))
+    with served(folder) as (url, _):
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, messages=CHAT[:1], **options):
+    return client.chat.completions.create(model="org/fake", messages=messages, **options)
+
+
+def joined(stream):
+    """A stream as the message it makes, by the shapes that OpenAI's chunks have; and its finish reason."""
+    message, finish = {"content": None, "tool_calls": []}, None
+    for number, chunk in enumerate(stream):
+        (choice,) = chunk.choices
+        assert finish is None and (choice.delta.role == "assistant") == (number == 0)
+        finish = choice.finish_reason
+        if choice.delta.content:
+            message["content"] = (message["content"] or "") + choice.delta.content
+        for part in choice.delta.tool_calls or ():
+            if part.id is not None:
+                assert part.index == len(message["tool_calls"]) and part.type == "function"
+                message["tool_calls"].append({"name": part.function.name, "arguments": ""})
+            else:
+                assert part.type is None and part.function.name is None
+            message["tool_calls"][part.index]["arguments"] += part.function.arguments
+    return message, finish
+
+
+def plain(choice):
+    calls = [{"name": call.function.name, "arguments": call.function.arguments}
+             for call in choice.message.tool_calls or ()]  # fmt: skip
+    return {"content": choice.message.content, "tool_calls": calls}, choice.finish_reason
+
+
+CALLS = [{"name": name, "arguments": arguments} for name, arguments in (ZURICH, NOW)]
+
+
+def test_calls_whole_and_streamed(tmp_path):
+    with saying(tmp_path, f"Let me see.\n{H_ZURICH}\n{H_NOW}", HERMES) as client:
+        whole = ask(client, tools=[WEATHER, CLOCK])
+        expected = ({"content": "Let me see.", "tool_calls": CALLS}, "tool_calls")
+        assert plain(whole.choices[0]) == joined(ask(client, tools=[WEATHER, CLOCK], stream=True)) == expected
+        ids = [call.id for call in whole.choices[0].message.tool_calls]
+        assert len(set(ids)) == 2 and all(re.fullmatch("call_[A-Za-z0-9]{24}", each) for each in ids)
+        assert whole.usage.completion_tokens == len(f"Let me see.\n{H_ZURICH}\n{H_NOW}".encode())
+        # One of the two, then the end.
+        first = ({"content": "Let me see.", "tool_calls": CALLS[:1]}, "tool_calls")
+        for stream in (False, True):
+            answer = ask(client, tools=[WEATHER, CLOCK], parallel_tool_calls=False, stream=stream)
+            assert (joined(answer) if stream else plain(answer.choices[0])) == first
+        # A function that was not offered is none; with tool_choice none nothing is.
+        assert plain(ask(client, tools=[CLOCK]).choices[0])[0]["tool_calls"] == CALLS[1:]
+        for options in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+            message, finish = plain(ask(client, **options).choices[0])
+            assert message == {"content": f"Let me see.\n{H_ZURICH}\n{H_NOW}", "tool_calls": []} and finish == "stop"
+        # The conversation goes on with the answer as it came.
+        results = [{"role": "tool", "tool_call_id": each, "content": "5"} for each in ids]
+        assert ask(client, [*CHAT[:1], whole.choices[0].message, *results], tools=[WEATHER, CLOCK]).choices
+        with pytest.raises(openai.BadRequestError) as found:
+            ask(client, [*CHAT[:1], whole.choices[0].message, {**results[0], "tool_call_id": "x"}], tools=[CLOCK])
+        assert found.value.param == "messages.2.tool_call_id"
+        choices = ask(client, tools=[WEATHER, CLOCK], n=2).choices
+        assert [plain(choice) for choice in choices] == [expected, expected]
+
+
+def test_calls_alone_have_no_content_and_a_cut_call_is_text(tmp_path):
+    with saying(tmp_path, H_NOW, HERMES) as client:
+        answer = ask(client, tools=[CLOCK])
+        assert plain(answer.choices[0]) == ({"content": None, "tool_calls": CALLS[1:]}, "tool_calls")
+        chunks = list(ask(client, tools=[CLOCK], stream=True))
+        assert chunks[0].choices[0].delta.content is None and chunks[0].choices[0].delta.role == "assistant"
+        assert joined(chunks) == plain(answer.choices[0])
+        for stream in (False, True):
+            answer = ask(client, tools=[CLOCK], max_tokens=20, stream=stream)
+            found = joined(answer) if stream else plain(answer.choices[0])
+            assert found == ({"content": H_NOW[:20], "tool_calls": []}, "length")
+
+
+def test_a_named_function_ends_with_stop_as_openais_does(tmp_path):
+    """What is forced is streamed as it is written, one piece a token, and at the limit of tokens cut there."""
+    named = {"type": "function", "function": {"name": "clock"}}
+    with saying(tmp_path, H_NOW.replace("{}", '{"zone": "CET"}'), HERMES) as client:
+        for choice, end in ((named, "stop"), ("required", "tool_calls")):
+            expected = ({"content": None, "tool_calls": [{"name": "clock", "arguments": '{"zone": "CET"}'}]}, end)
+            assert plain(ask(client, tools=[CLOCK], tool_choice=choice).choices[0]) == expected
+            chunks = list(ask(client, tools=[CLOCK], tool_choice=choice, stream=True))
+            assert joined(chunks) == expected and len(chunks) > 10
+        cut = ask(client, tools=[CLOCK], tool_choice=named, max_tokens=H_NOW.index("{}") + 9)
+        message, finish = plain(cut.choices[0])
+        assert message["tool_calls"] == [{"name": "clock", "arguments": '{"zone": '}] and finish == "length"
+
+
+def test_a_call_that_begins_with_a_special_token(tmp_path):
+    """`[TOOL_CALLS]` is special in the tokenizers of Mistral's models, which hides it from the text."""
+    with saying(tmp_path, f"[TOOL_CALLS] [{M_ZURICH}]<|user|>", MISTRAL) as client:
+        answer = ask(client, tools=[WEATHER])
+        assert plain(answer.choices[0]) == ({"content": None, "tool_calls": CALLS[:1]}, "tool_calls")
+        call = answer.choices[0].message.tool_calls[0]
+        assert re.fullmatch("[A-Za-z0-9]{9}", call.id)
+        chat = [*CHAT[:1], answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+        assert ask(client, chat, tools=[WEATHER]).choices[0].message.tool_calls
+        assert ask(client).choices[0].message.content == f" [{M_ZURICH}]"
+
+
+BAD = [
+    ({"tools": [{"type": "function"}]}, None),
+    ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, None),
+    ({"tools": [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, None),
+    ({"tools": [CLOCK, CLOCK]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+    ({"tools": [CLOCK], "tool_choice": "any"}, None),
+    ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "tool", "content": "5"}]}, "messages.0.tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages.0.tool_call_id"),
+    ({"messages": [{**CHAT[1], "role": "user"}]}, None),
+]
+
+
+def test_bad_requests_are_named(tmp_path):
+    with saying(tmp_path, H_NOW, HERMES) as client:
+        for options, param in BAD:
+            with pytest.raises(openai.BadRequestError) as found:
+                ask(client, **options)
+            assert param in (None, found.value.param), options
+        assert ask(client, tools=[CLOCK]).choices[0].message.tool_calls
+
+
+def test_a_model_without_a_family_refuses_tools(tmp_path):
+    with saying(tmp_path, H_NOW, TEMPLATE) as client:
+        with pytest.raises(openai.BadRequestError, match="'org/fake' calls no functions") as found:
+            ask(client, tools=[CLOCK])
+        assert (found.value.param, found.value.code) == ("tools", "unsupported_parameter")
+        assert ask(client, tools=[CLOCK], tool_choice="none").choices[0].message.content == H_NOW

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from lightship.engine import GenerationParams
+from lightship.engine import GenerationParams, Grammar
 from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
 from lightship.serving.connection import Stream, pulsing, unless_gone
@@ -47,10 +47,14 @@ def add_routes(
         check(body)
         if (grammar := body.grammar()) is not None:
             raise RequestError("response_format is not supported yet", "response_format", "unsupported_parameter")
-        tokens = await asyncio.to_thread(model.chat_tokens, [message.plain() for message in body.messages])
+        calling = body.calling()
+        tokens = await asyncio.to_thread(model.chat_tokens, body.conversation(), calling.tools if calling else None)
+        if calling is not None and model.tools is not None and (calling.forced or calling.strict):
+            grammar = Grammar("tags", model.tools.grammar(calling.callable, calling.forced, calling.parallel))
         params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
-        generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops())
-        shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs())
+        generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops(), calling)
+        shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs(),
+                     calling is not None)  # fmt: skip
         return await _reply(generation, body, shape, request, keep_alive)
 
     @app.post("/v1/completions")
@@ -105,8 +109,8 @@ async def _stream(
     def sent(piece: Piece | None) -> str:
         if piece is None:
             return ": keep-alive\n\n"
-        chunks = shape.chunks(piece, piece.index not in begun)
-        begun.add(piece.index)
+        if chunks := shape.chunks(piece, piece.index not in begun):
+            begun.add(piece.index)
         return "".join(_event({**chunk, "usage": None} if usage else chunk) for chunk in chunks)
 
     try:

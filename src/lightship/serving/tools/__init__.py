@@ -42,7 +42,7 @@ class Tools:
         found: Parser = _module(self.family).Parser(names, self.new_id, parallel=parallel and self.parallel, sure=sure)
         return found
 
-    def grammar(self, tools: Sequence[JSON], *, forced: bool, parallel: bool = True) -> str:
+    def grammar(self, tools: Sequence[JSON], forced: bool, parallel: bool = True) -> str:
         """The text of a grammar of the kind `tags` for `tools`, OpenAI's functions. With `forced` the answer is a call
         (with `parallel`: calls) and nothing else; without, any text in which each call is one of them. Either way the
         arguments follow the function's schema.
@@ -56,10 +56,15 @@ class Tools:
         """A fresh id of a call."""
         return alphanumeric(SHORT) if self.short_ids else call_id()
 
-    def special(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """The tokens without which a call cannot be seen in the text."""
-        ids = (tokenizer.token_to_id(token) for token in _module(self.family).SPECIAL)
-        return frozenset(each for each in ids if each is not None)
+    def hidden(self, tokenizer: Tokenizer, *, forced: bool) -> frozenset[int]:
+        """The tokens that add nothing to the text that `parser` reads: special ones, but not those that mark a call. In
+        a `forced` answer all count, since the grammar takes each for the text that it is called."""
+        if forced:
+            return frozenset()
+        added = tokenizer.get_added_tokens_decoder().items()
+        return frozenset(
+            number for number, token in added if token.special and token.content not in _module(self.family).SPECIAL
+        )
 
     def prepare(self, messages: Sequence[JSON]) -> list[JSON]:
         """`messages` as the template takes them: ids in its form, and the name of the function with each result.
