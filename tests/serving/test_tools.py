@@ -348,23 +348,22 @@ def test_a_choice_says_what_may_be_called(choice, names, forced, named):
 
 
 def test_no_tools_no_calls():
-    assert calling(None, None, None) is None
-    assert calling([], choice_of("none"), None) is None
+    assert calling(None, None, False) is None
+    assert calling([], choice_of("auto"), None) is None
     assert calling(tools_of({"name": "a"}), choice_of("none"), None) is None
 
 
 @pytest.mark.parametrize(
-    ("functions", "choice", "parallel", "param"),
+    ("functions", "choice", "param"),
     [
-        ([], "auto", None, "tool_choice"),
-        ([], None, True, "parallel_tool_calls"),
-        ([{"name": "a"}], {"type": "function", "function": {"name": "b"}}, None, "tool_choice"),
-        ([{"name": "a"}, {"name": "a"}], None, None, "tools"),
+        ([], "required", "tool_choice"),
+        ([{"name": "a"}], {"type": "function", "function": {"name": "b"}}, "tool_choice"),
+        ([{"name": "a"}, {"name": "a"}], None, "tools"),
     ],
 )
-def test_choices_that_do_not_fit(functions, choice, parallel, param):
+def test_choices_that_do_not_fit(functions, choice, param):
     with pytest.raises(RequestError) as found:
-        calling(tools_of(*functions), choice_of(choice), parallel)
+        calling(tools_of(*functions), choice_of(choice), None)
     assert found.value.param == param
 
 

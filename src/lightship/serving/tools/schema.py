@@ -132,9 +132,8 @@ class Calling:
 def calling(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> Calling | None:
     """What a request wants; None when nothing may be called. Raises `RequestError` when the choice does not fit."""
     if not tools:
-        for name, value in (("tool_choice", choice), ("parallel_tool_calls", parallel)):
-            if value not in (None, "none"):
-                raise RequestError(f"{name} is only allowed when tools are given", name)
+        if choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice asks for a call, and no tools are given", "tool_choice")
         return None
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
