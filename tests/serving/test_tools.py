@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 
+import jsonschema
 import openai
 import pytest
 from hypothesis import example, given
@@ -11,14 +12,19 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from lightship.bundle import Bundle
+from lightship.engine import EngineSettings, GenerationParams, Grammar
 from lightship.errors import RequestError
 from lightship.pipeline import ship
 from lightship.recipe import Precision, Recipe
 from lightship.serving.model import ServedModel
+from lightship.serving.server import running
+from lightship.serving.text import TextStream
 from lightship.serving.tools import Tools, detect, recognise, record
 from lightship.serving.tools.parser import Arguments, Start, Text
 from lightship.serving.tools.schema import AssistantToolCall, Tool, ToolChoice, calling
+from lightship.targets import openvino
 from lightship.template import ChatTemplate, load_template
+from lightship.tokenizer import load_tokenizer
 from tests.chat_templates import FAMILIES, HERMES, MISTRAL
 from tests.serving.test_protocol import byte_tokenizer, served
 from tests.tiny import TEMPLATE, tiny_llama, tiny_tokenizer
@@ -543,3 +549,104 @@ def test_a_model_without_a_family_refuses_tools(tmp_path):
             ask(client, tools=[CLOCK])
         assert (found.value.param, found.value.code) == ("tools", "unsupported_parameter")
         assert ask(client, tools=[CLOCK], tool_choice="none").choices[0].message.content == H_NOW
+
+
+# ── Forced calls of a real model ────────────────────────────────────────────
+
+TRIP = {
+    "type": "object",
+    "properties": {
+        "städte": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2},
+        "größe": {"enum": ["°F", "klein"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+    },
+    "required": ["städte", "größe", "days"],
+    "additionalProperties": False,
+}
+ZONE = {"type": "object", "properties": {"zone": {"enum": ["CET", "UTC"]}}, "required": ["zone"]}
+SCHEMAS = {"trip": TRIP, "zone": ZONE, "now": {"type": "object", "properties": {}}}
+FUNCTIONS = [
+    {"type": "function", "function": {"name": name, "description": "", "parameters": schema}}
+    for name, schema in SCHEMAS.items()
+]
+
+
+def check(calls):
+    for name, arguments in calls:
+        jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forced_call_parses_and_keeps_its_schema(bundle_path, family):
+    """Whatever a model of random weights would say, in every family, beside an answer that is free."""
+    folder = Bundle.open(bundle_path).target_folder("openvino")
+    tools, tokenizer = Tools(family, True, False), load_tokenizer(folder)
+    engine = openvino.open(folder, EngineSettings(kv_cache_gb=1))
+
+    def say(*params):
+        ids = [engine.submit([5, 6, 7], each) for each in params]
+        said, ends = {each: [] for each in ids}, {}
+        while engine.busy():
+            for event in engine.step():
+                said[event.request_id] += event.token_ids
+                ends[event.request_id] = event.finish_reason
+        return [(said[each], ends[each]) for each in ids]
+
+    def forced(functions, parallel, seed):
+        grammar = Grammar("tags", tools.grammar(functions, forced=True, parallel=parallel))
+        return GenerationParams(max_tokens=700, temperature=1.0, seed=seed, grammar=grammar)
+
+    free = GenerationParams(max_tokens=40, ignore_eos=True)
+    ((alone, _),) = say(free)
+    asked = [(FUNCTIONS, True), (FUNCTIONS, False), (FUNCTIONS[:1], False), (FUNCTIONS[1:2], False)] * 2
+    (beside, _), *answers = say(free, *(forced(*each, seed) for seed, each in enumerate(asked)))
+    engine.close()
+    assert beside == alone
+    ended = 0
+    for (functions, parallel), (ids, end) in zip(asked, answers, strict=True):
+        text = TextStream(tokenizer, hidden=frozenset())
+        said = text.push(ids) + text.finish()
+        names = [each["function"]["name"] for each in functions]
+        for sure in (True, False):
+            parser = tools.parser(names, sure=sure)
+            deltas = parser.push(said) + parser.finish()
+            if end != "stop":
+                continue
+            assert not any(isinstance(delta, Text) for delta in deltas)
+            called = [delta for delta in deltas if isinstance(delta, Start)]
+            assert len(called) == 1 or (parallel and called)
+            check([(each.name, "".join(delta.text for delta in deltas if isinstance(delta, Arguments)
+                                       and delta.index == each.index)) for each in called])  # fmt: skip
+        ended += end == "stop"
+    assert ended >= 4
+
+
+@pytest.fixture(scope="module")
+def caller(hermes_path):
+    with running(hermes_path) as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("choice", ["required", "zone", "now"])
+def test_forced_calls_over_http(caller, choice):
+    named = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
+    options = {"model": "caller", "messages": CHAT[:1], "tools": FUNCTIONS[1:], "tool_choice": named, "max_tokens": 900}
+    for seed in range(3):
+        whole = caller.chat.completions.create(**options, seed=seed).choices[0]
+        message, finish = plain(whole)
+        assert joined(caller.chat.completions.create(**options, seed=seed, stream=True)) == (message, finish)
+        assert message["content"] is None and message["tool_calls"]
+        if finish != "length":
+            assert finish == ("tool_calls" if choice == "required" else "stop")
+            assert choice in ("required", *(call["name"] for call in message["tool_calls"]))
+            check([(call["name"], call["arguments"]) for call in message["tool_calls"]])
+
+
+def test_a_strict_tool_holds_the_calls_of_a_free_answer(caller):
+    """Which may have none: the text is the model's own until a call begins."""
+    strict = [{"type": "function", "function": {**FUNCTIONS[1]["function"], "strict": True}}]
+    for seed in range(3):
+        options = {"model": "caller", "messages": CHAT[:1], "tools": strict, "max_tokens": 100, "seed": seed}
+        message, finish = plain(caller.chat.completions.create(**options).choices[0])
+        assert joined(caller.chat.completions.create(**options, stream=True)) == (message, finish)
+        assert message["content"] or message["tool_calls"]
