@@ -13,11 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "tags"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text must be: JSON of the schema `text`, any JSON object, a match of a regular expression, a sentence of
+    an EBNF grammar whose start is `root`, or structural tags (xgrammar's JSON). An engine that cannot hold an answer to
+    it raises `RequestError`."""
+
+    kind: GrammarKind
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen."""
+    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen.
+
+    `logprobs` asks for the log-probability of each chosen token: the model's own over the whole vocabulary, before
+    penalties, temperature and grammar.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -31,6 +46,7 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,8 @@ class FakeEngine:
     Its faults are those of real engines: after `fail_after` steps it raises, after `hang_after` a step never returns,
     after `segfault_after` its process is gone; a step takes `slow` seconds and leaks `leak` bytes; a prompt takes
     `prefill` steps that give no token.
+
+    With a `script` it says these tokens, over and over, whatever it is asked.
     """
 
     vocabulary: int = 256
@@ -145,6 +163,7 @@ class FakeEngine:
     slow: float = 0.0
     prefill: int = 0
     leak: int = 0
+    script: tuple[int, ...] = ()
     _leaked: list[bytes] = field(default_factory=list)
     _requests: dict[int, _FakeRequest] = field(default_factory=dict)
     _next_id: int = 0
@@ -176,6 +195,8 @@ class FakeEngine:
             if request.steps <= self.prefill:
                 continue
             token = (request.tokens[-1] + 1) % self.vocabulary
+            if self.script:
+                token = self.script[request.produced % len(self.script)]
             stops = (*request.params.stop_token_ids, self.eos_token_id)
             if token in stops and not request.params.ignore_eos:
                 events.append(Event(request_id, finish_reason="stop"))

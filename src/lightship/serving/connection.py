@@ -37,6 +37,32 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
+async def pulsing(source: AsyncGenerator[Result, None], interval: float) -> AsyncGenerator[Result | None, None]:
+    """What `source` gives, and None whenever nothing came for `interval` seconds. Closes it when it is closed."""
+    waiting: asyncio.Task[Result] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.create_task(_next(source))
+            if not (await asyncio.wait({waiting}, timeout=interval))[0]:
+                yield None
+                continue
+            try:
+                got = waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = None
+            yield got
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await source.aclose()
+
+
+async def _next(source: AsyncGenerator[Result, None]) -> Result:
+    return await anext(source)
+
+
 class Stream(StreamingResponse):
     """Closes its source however it ends, so that a client which leaves between two chunks frees the engine at once."""
 

@@ -40,7 +40,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI]:
+def _server(bundle: Bundle, engine: Supervisor, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
     folder = bundle.target_folder(bundle.targets[0])
     engine.load(folder)
@@ -48,8 +48,8 @@ def _server(bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI
     from lightship.serving.app import create_app
     from lightship.serving.model import ServedModel
 
-    model = ServedModel.load(bundle.name, bundle.digest, folder)
-    app = create_app(engine, lambda app: openai.add_routes(app, engine, model))
+    model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
+    app = create_app(engine, lambda app: openai.add_routes(app, engine, model, lambda: engine.stats.get("batching")))
     return _listening(app, engine), app
 
 
@@ -105,7 +105,7 @@ def serve(
                 engine.kill()
                 raise
             progress(f"{opened.name} is intact; loading")
-            server, app = _server(opened, engine)
+            server, app = _server(opened, engine, settings)
         else:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             progress(f"{opened.name} is intact; loading")
@@ -148,7 +148,7 @@ def running(
     with bind(host, port) as bound:
         settings = settings or EngineSettings()
         if opened.kind == "decoder":
-            server, _ = _server(opened, Supervisor(opened.targets[0], settings))
+            server, _ = _server(opened, Supervisor(opened.targets[0], settings), settings)
         else:
             server, _ = _encoder_server(opened, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

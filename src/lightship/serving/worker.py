@@ -200,6 +200,10 @@ class Worker:
         self._sent += 1
         self._writer.write(order)
 
+    async def recovered(self, timeout: float) -> None:
+        """Raises `EngineDied`: nobody starts a worker again."""
+        raise EngineDied(f"the engine process ended: {self.failure}" if self.failure else "the engine process ended")
+
     async def close(self) -> None:
         """Kill the child, whatever it is doing: it holds nothing that has to be saved."""
         self.ready = False
