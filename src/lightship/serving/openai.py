@@ -17,6 +17,7 @@ from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
 from lightship.serving.connection import Stream, pulsing, unless_gone
 from lightship.serving.generation import Generates, Generation, Piece
+from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
@@ -32,9 +33,11 @@ def add_routes(
     engine: Generates,
     model: ServedModel,
     batching: Callable[[], str | None] = lambda: None,
+    grammars: Grammars | None = None,
     keep_alive: float = KEEP_ALIVE,
 ) -> None:
-    """The routes of a model that generates. `batching` tells what the engine says of itself once it is loaded."""
+    """The routes of a model that generates. `batching` tells what the engine says of itself once it is loaded;
+    `grammars` checks what an answer is to be held to, and without it none can be."""
     add_models(app, model, batching)
 
     def check(body: Sampling) -> None:
@@ -45,8 +48,10 @@ def add_routes(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check(body)
-        if (grammar := body.grammar()) is not None:
-            raise RequestError("response_format is not supported yet", "response_format", "unsupported_parameter")
+        if (grammar := await asyncio.to_thread(body.grammar)) is not None:
+            if grammars is None:
+                raise RequestError("response_format is not supported here", "response_format", "unsupported_parameter")
+            await unless_gone(request, grammars.check(grammar, "response_format"))
         tokens = await asyncio.to_thread(model.chat_tokens, [message.plain() for message in body.messages])
         params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
         generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops())

@@ -47,10 +47,16 @@ def _server(bundle: Bundle, worker: Worker, settings: EngineSettings) -> tuple[u
 
     from lightship.serving import openai
     from lightship.serving.app import create_app
+    from lightship.serving.grammar import Grammars
     from lightship.serving.model import ServedModel
 
     model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
-    app = create_app(worker, lambda app: openai.add_routes(app, worker, model, lambda: worker.stats.get("batching")))
+    grammars = Grammars(bundle.targets[0], folder)
+
+    def add_routes(app: FastAPI) -> None:
+        openai.add_routes(app, worker, model, lambda: worker.stats.get("batching"), grammars)
+
+    app = create_app(worker, add_routes, [grammars])
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     return uvicorn.Server(config), app
 
