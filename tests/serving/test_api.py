@@ -158,13 +158,20 @@ def test_predict(url):
     assert set(answer.json()) >= {"output", "usage"} and answer.status_code == 200
 
 
+def test_an_engine_without_grammars_says_so(onnx_url):
+    body = {"messages": MESSAGES, "response_format": {"type": "json_object"}}
+    answer = httpx.post(f"{onnx_url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported_parameter"
+    assert answer.json()["error"]["param"] == "response_format"
+
+
 BAD = [
     ("/v1/chat/completions", {"messages": []}, 400),
     ("/v1/chat/completions", {}, 400),
     ("/v1/chat/completions", {"messages": MESSAGES, "n": 9}, 400),
     ("/v1/chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400),
     ("/v1/chat/completions", {"messages": MESSAGES, "logit_bias": {"5": 1}}, 400),
-    ("/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}, 400),
+    ("/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_schema"}}, 400),
     ("/v1/chat/completions", {"messages": MESSAGES, "temprature": 1}, 400),
     ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 3}, 400),
     ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5000}, 400),

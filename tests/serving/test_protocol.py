@@ -242,6 +242,8 @@ REFUSED = [
     ("/v1/chat/completions", {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens"),
     ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1}, 400, "top_logprobs"),
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 0}, 400, "top_logprobs"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": SECRET}}, 400, "response_format.type"),
     ("/v1/chat/completions", {**CHAT, "n": 9}, 400, "n"),
     ("/v1/chat/completions", {**CHAT, "n": 0}, 400, "n"),
     ("/v1/chat/completions", {**CHAT, "logit_bias": {"5": 1}}, 400, "logit_bias"),

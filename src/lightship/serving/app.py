@@ -4,7 +4,7 @@ routes of a kind of model are added by `openai` and `encoder`."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -43,8 +43,16 @@ class Served(Protocol):
         ...
 
 
-def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI:
-    """The API in front of `engine`. `app.state.failure` is set when it cannot be loaded."""
+class Closes(Protocol):
+    """What is closed after the engine: processes that the routes started."""
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+def create_app(engine: Served, add_routes: Callable[[FastAPI], None], beside: Sequence[Closes] = ()) -> FastAPI:
+    """The API in front of `engine`, and what runs `beside` it. `app.state.failure` is set when it cannot be loaded."""
 
     def failed(starting: asyncio.Task[None]) -> None:
         if not starting.cancelled():
@@ -60,6 +68,8 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
         finally:
             starting.cancel()
             await engine.close()
+            for each in beside:
+                await each.close()
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.failure, app.state.ready = None, lambda: engine.ready

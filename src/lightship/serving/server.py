@@ -46,10 +46,16 @@ def _server(bundle: Bundle, engine: Supervisor, settings: EngineSettings) -> tup
     engine.load(folder)
     from lightship.serving import openai
     from lightship.serving.app import create_app
+    from lightship.serving.grammar import Grammars
     from lightship.serving.model import ServedModel
 
     model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
-    app = create_app(engine, lambda app: openai.add_routes(app, engine, model, lambda: engine.stats.get("batching")))
+    grammars = Grammars(bundle.targets[0], folder)
+
+    def add_routes(app: FastAPI) -> None:
+        openai.add_routes(app, engine, model, lambda: engine.stats.get("batching"), grammars)
+
+    app = create_app(engine, add_routes, [grammars])
     return _listening(app, engine), app
 
 
