@@ -430,16 +430,22 @@ async def test_a_full_queue_takes_from_who_has_most(clock):
     assert is_empty(admission)
 
 
-@virtual
-async def test_keys_share_by_tokens_not_by_requests(clock):
+@pytest.mark.parametrize("where", ["prompt", "output"])
+def test_keys_share_by_tokens_not_by_requests(where):
     """a asks for 8 times as much in a request as b: b's requests go 8 times as often."""
+    virtually(lambda clock: shared_by_tokens(clock, where))
+
+
+async def shared_by_tokens(clock, where):
     admission = Admission(Limits(blocks=16, max_concurrent=1, max_queue=1000, first_token_deadline=1e6), clock=clock)
     tokens = defaultdict(int)
 
-    async def one(key, prompt):
-        async with await admission.enter(Demand(key, prompt, 0)):
-            await asyncio.sleep(prompt / 100)
-            tokens[key] += prompt
+    async def one(key, count):
+        prompt, output = (count, 0) if where == "prompt" else (1, count)
+        async with await admission.enter(Demand(key, prompt, output)) as ticket:
+            await asyncio.sleep(count / 100)
+            ticket.produced(output)
+            tokens[key] += count
 
     tasks = [asyncio.create_task(one("a", 400)) for _ in range(100)]
     tasks += [asyncio.create_task(one("b", 50)) for _ in range(400)]
@@ -518,7 +524,7 @@ async def test_long_ones_leave_a_quarter_to_the_others(clock):
 
 @virtual
 async def test_a_long_one_that_waits_for_its_share_holds_up_long_ones_only(clock):
-    admission = Admission(Limits(blocks=100, patience=5), clock=clock)
+    admission = Admission(Limits(blocks=100, max_concurrent=9, patience=5), clock=clock)
     long = [await admission.enter(Demand("d", 32 * 20, 0)) for _ in range(3)]
     short = [await admission.enter(Demand("c", 32 * 11, 0)) for _ in range(2)]
     held = asking(admission, key="a", **blocks(20))  # 18 are left
@@ -527,9 +533,11 @@ async def test_a_long_one_that_waits_for_its_share_holds_up_long_ones_only(clock
         await asyncio.sleep(6)
         assert overtakes.done() and not held.done()
         short.append(await overtakes)
+    short_and_wide = asking(admission, key="b", prompt=1, sequences=3)  # 2 are left
     behind = asking(admission, key="e", **blocks(13))  # fits in the pool and in the share
     await settled()
-    assert not behind.done()
+    assert not behind.done() and not short_and_wide.done()
+    short_and_wide.cancel()
     long.pop().close()
     long += [await held, await behind]
     for ticket in (*long, *short):

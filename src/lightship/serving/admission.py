@@ -96,8 +96,8 @@ class Observer(Protocol):
         """Its first token came, `ticket.ttft` seconds after it arrived."""
         ...
 
-    def produced(self, tokens: int, seconds: float) -> None:
-        """`tokens` more came, `seconds` after those before them."""
+    def produced(self, tokens: int, seconds: float | None) -> None:
+        """`tokens` more of a sequence came, `seconds` after those before them; None for the first."""
         ...
 
     def finished(self, ticket: Ticket) -> None:
@@ -406,10 +406,13 @@ class Admission:
         """A ticket gained `count` tokens in `seconds`."""
         self._rates.spend(ticket.demand.key, count)
         self._served[ticket.demand.key] += OUTPUT_WEIGHT * count
-        if ticket.tokens and count:
-            self._decode.observe(count, seconds * ticket.demand.sequences)
-            if self._observer is not None:
-                self._observer.produced(count, seconds)
+        if not count:
+            return
+        apart = seconds * ticket.demand.sequences if ticket.tokens else None  # of one sequence's tokens
+        if apart is not None:
+            self._decode.observe(count, apart)
+        if self._observer is not None:
+            self._observer.produced(count, apart)
 
     def release(self, ticket: Ticket) -> None:
         """A ticket is closed."""
