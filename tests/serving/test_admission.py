@@ -12,8 +12,9 @@ from hypothesis import strategies as some
 
 from lightship.engine import Event
 from lightship.errors import Overloaded, RequestError, Timeout, UsageError
-from lightship.serving.admission import Admission, Demand, Limits
+from lightship.serving.admission import Admission
 from lightship.serving.rates import KeyRates, Speed
+from lightship.serving.ticket import Demand, Limits
 
 
 class Jumping(selectors.DefaultSelector):
@@ -46,6 +47,11 @@ def virtual(test):
     return run
 
 
+def demand(key, prompt, output, sequences=1, **rates):
+    """`sequences` choices of one prompt."""
+    return Demand(key, (prompt,), (output,), sequences, **rates)
+
+
 async def settled():
     """Let every task that can go on do so."""
     for _ in range(5):
@@ -53,7 +59,7 @@ async def settled():
 
 
 def asking(admission, key="a", prompt=32, output=0, **more):
-    return asyncio.create_task(admission.enter(Demand(key, prompt, output, **more)))
+    return asyncio.create_task(admission.enter(demand(key, prompt, output, **more)))
 
 
 def blocks(count, **more):
@@ -72,10 +78,12 @@ def is_empty(admission):
 
 
 def test_the_worst_case_in_blocks():
-    assert Demand("a", 1, 0).blocks(32) == 1
-    assert Demand("a", 32, 0).blocks(32) == 1
-    assert Demand("a", 32, 1).blocks(32) == 2
-    assert Demand("a", 30, 5, sequences=3).blocks(32) == 6
+    assert demand("a", 1, 0).blocks(32) == 1
+    assert demand("a", 32, 0).blocks(32) == 1
+    assert demand("a", 32, 1).blocks(32) == 2
+    assert demand("a", 30, 5, sequences=3).blocks(32) == 6
+    several = Demand("a", (30, 100), (5, 1), choices=2)
+    assert (several.blocks(32), several.sequences, several.prompt) == (2 * (2 + 4), 4, 130)
 
 
 @pytest.mark.parametrize("bad", [{"blocks": 0}, {"max_concurrent": 0}, {"max_queue": -1}, {"total_deadline": 0}])
@@ -88,20 +96,20 @@ def test_limits_that_cannot_be(bad):
 async def test_what_never_fits_is_refused_with_its_numbers(clock):
     admission = Admission(Limits(blocks=10, max_concurrent=4), clock=clock)
     with pytest.raises(RequestError, match=r"100 prompt tokens and up to 221 .* 11 blocks .* has 10 blocks of 32"):
-        await admission.enter(Demand("a", 100, 221))
-    with pytest.raises(RequestError, match="2 × 6 blocks"):
-        await admission.enter(Demand("a", 100, 92, sequences=2))
-    with pytest.raises(RequestError, match="5 choices") as caught:
-        await admission.enter(Demand("a", 1, 1, sequences=5))
+        await admission.enter(demand("a", 100, 221))
+    with pytest.raises(RequestError, match="in 2 sequences, need 12 blocks"):
+        await admission.enter(demand("a", 100, 92, sequences=2))
+    with pytest.raises(RequestError, match="1 prompts × 5 choices make 5 sequences; this server runs 4") as caught:
+        await admission.enter(demand("a", 1, 1, sequences=5))
     assert caught.value.http_status == 400 and caught.value.param == "n"
-    (await admission.enter(Demand("a", 100, 220))).close()
+    (await admission.enter(demand("a", 100, 220))).close()
     assert is_empty(admission)
 
 
 @virtual
 async def test_blocks_and_sequences_are_both_counted(clock):
     admission = Admission(Limits(blocks=10, max_concurrent=3), clock=clock)
-    first = await admission.enter(Demand("a", **blocks(8), output=0))
+    first = await admission.enter(demand("a", **blocks(8), output=0))
     full = asking(admission, **blocks(3))
     await settled()
     assert not full.done()
@@ -122,7 +130,7 @@ async def test_blocks_and_sequences_are_both_counted(clock):
 async def test_a_ticket_is_given_back_once(clock):
     admission = Admission(Limits(blocks=10), clock=clock)
     with pytest.raises(ValueError, match="boom"):
-        async with await admission.enter(Demand("a", 32, 0)) as ticket:
+        async with await admission.enter(demand("a", 32, 0)) as ticket:
             raise ValueError("boom")
     ticket.close()
     ticket.close()
@@ -133,7 +141,7 @@ async def test_a_ticket_is_given_back_once(clock):
 @virtual
 async def test_cancelled_while_waiting(clock):
     admission = Admission(Limits(blocks=10), clock=clock)
-    first = await admission.enter(Demand("a", 320, 0))
+    first = await admission.enter(demand("a", 320, 0))
     leaves, stays = asking(admission, **blocks(10)), asking(admission, **blocks(10))
     await settled()
     leaves.cancel()
@@ -148,7 +156,7 @@ async def test_cancelled_while_waiting(clock):
 async def test_cancelled_in_the_moment_of_admission(clock):
     """Its place was given to it, and it can no longer take it: the next must have it, or it is lost for ever."""
     admission = Admission(Limits(blocks=10), clock=clock)
-    first = await admission.enter(Demand("a", 320, 0))
+    first = await admission.enter(demand("a", 320, 0))
     leaves, stays = asking(admission, **blocks(10)), asking(admission, **blocks(10))
     await settled()
     first.close()  # the turn of `leaves` is set, and its task has not run
@@ -160,7 +168,7 @@ async def test_cancelled_in_the_moment_of_admission(clock):
 @virtual
 async def test_cancelled_and_not_yet_cleaned_up_takes_no_place(clock):
     admission = Admission(Limits(blocks=10, max_queue=2), clock=clock)
-    first = await admission.enter(Demand("a", 320, 0))
+    first = await admission.enter(demand("a", 320, 0))
     leaves, stays = asking(admission, **blocks(10)), asking(admission, **blocks(10))
     await settled()
     leaves.cancel()
@@ -176,7 +184,7 @@ async def test_cancelled_and_not_yet_cleaned_up_takes_no_place(clock):
 @virtual
 async def test_refused_after_it_was_cancelled(clock):
     admission = Admission(Limits(blocks=10, max_queue=2), clock=clock)
-    first = await admission.enter(Demand("a", 320, 0))
+    first = await admission.enter(demand("a", 320, 0))
     stays, leaves = asking(admission, **blocks(10)), asking(admission, **blocks(10))
     await settled()
     other = asking(admission, key="b", **blocks(10))  # makes the queue too long as soon as it runs,
@@ -192,9 +200,9 @@ async def test_refused_after_it_was_cancelled(clock):
 @virtual
 async def test_deadline_in_the_queue(clock):
     admission = Admission(Limits(blocks=10, first_token_deadline=60), clock=clock)
-    with_it = await admission.enter(Demand("a", 320, 0))
+    with_it = await admission.enter(demand("a", 320, 0))
     with pytest.raises(Timeout) as caught:
-        await admission.enter(Demand("a", 320, 0))
+        await admission.enter(demand("a", 320, 0))
     assert clock() == 60 and caught.value.http_status == 503 and caught.value.code == "timeout"
     with_it.close()
     assert is_empty(admission)
@@ -204,10 +212,10 @@ async def test_deadline_in_the_queue(clock):
 async def test_who_gives_up_lets_those_behind_go(clock):
     """A request that holds everyone up leaves by its deadline: nothing else happens that would wake them."""
     admission = Admission(Limits(blocks=1000, max_concurrent=4, first_token_deadline=30, patience=0), clock=clock)
-    runs = await admission.enter(Demand("a", 32, 0))
+    runs = await admission.enter(demand("a", 32, 0))
     big = asking(admission, sequences=4)
     await settled()
-    (await admission.enter(Demand("a", 32, 0))).close()  # overtakes; from now on nobody does
+    (await admission.enter(demand("a", 32, 0))).close()  # overtakes; from now on nobody does
     await asyncio.sleep(10)
     small = asking(admission)
     await asyncio.sleep(19)
@@ -229,7 +237,7 @@ async def said(*events):
 @virtual
 async def test_watched_events(clock):
     admission = Admission(Limits(blocks=10), clock=clock)
-    async with await admission.enter(Demand("a", 64, 64)) as ticket:
+    async with await admission.enter(demand("a", 64, 64)) as ticket:
         async for _ in ticket.watch(said((2, 1, None), (1, 3, None), (0.5, 0, "stop"))):
             pass
     assert (ticket.ttft, ticket.tokens, ticket.finish, ticket.ended) == (2, 4, "stop", 3.5)
@@ -239,10 +247,10 @@ async def test_watched_events(clock):
 @virtual
 async def test_first_token_deadline_counts_from_arrival(clock):
     admission = Admission(Limits(blocks=10, first_token_deadline=60), clock=clock)
-    before = await admission.enter(Demand("a", 320, 0))
+    before = await admission.enter(demand("a", 320, 0))
     asyncio.get_running_loop().call_later(50, before.close)
     with pytest.raises(Timeout, match="first token"):
-        async with await admission.enter(Demand("a", 64, 64)) as ticket:
+        async with await admission.enter(demand("a", 64, 64)) as ticket:
             assert ticket.queued == 50 and ticket.deadline == 60
             async for _ in ticket.watch(said((11, 1, None))):
                 pass
@@ -253,12 +261,12 @@ async def test_first_token_deadline_counts_from_arrival(clock):
 async def test_a_slow_end_is_fine_unless_there_is_a_total_deadline(clock):
     events = ((1, 1, None), (100, 1, None), (1, 0, "stop"))
     admission = Admission(Limits(blocks=10), clock=clock)
-    async with await admission.enter(Demand("a", 64, 64)) as ticket:
+    async with await admission.enter(demand("a", 64, 64)) as ticket:
         assert len([event async for event in ticket.watch(said(*events))]) == 3 and ticket.deadline is None
     admission = Admission(Limits(blocks=10, total_deadline=90), clock=clock)
     begun = clock()
     with pytest.raises(Timeout, match="last token"):
-        async with await admission.enter(Demand("a", 64, 64)) as ticket:
+        async with await admission.enter(demand("a", 64, 64)) as ticket:
             async for _ in ticket.watch(said(*events)):
                 pass
     assert clock() - begun == 90 and ticket.tokens == 1
@@ -276,7 +284,7 @@ async def test_leaving_closes_the_events(clock):
             closed.append(clock())
 
     admission = Admission(Limits(blocks=10), clock=clock)
-    async with await admission.enter(Demand("a", 64, 64)) as ticket:
+    async with await admission.enter(demand("a", 64, 64)) as ticket:
         watched = ticket.watch(events())
         await anext(watched)
         await watched.aclose()
@@ -289,12 +297,12 @@ async def test_leaving_closes_the_events(clock):
 @virtual
 async def test_retry_after_is_the_work_ahead_at_the_measured_speed(clock):
     admission = Admission(Limits(blocks=10, max_queue=1, max_concurrent=1), prefill=100, decode=10, clock=clock)
-    await admission.enter(Demand("a", 200, 100))  # 2 s + 10 s
+    await admission.enter(demand("a", 200, 100))  # 2 s + 10 s
     waits = asking(admission, prompt=100, output=50)  # 1 s + 5 s
     await settled()
     with pytest.raises(Overloaded, match="18 s") as caught:
-        await admission.enter(Demand("a", 32, 0))
-    assert caught.value.retry_after == 18 and caught.value.code == "overloaded"
+        await admission.enter(demand("a", 32, 0))
+    assert caught.value.retry_after == 18 and caught.value.code is None
     assert caught.value.reason == "queue_full" and caught.value.http_status == 429
     waits.cancel()
     await settled()
@@ -305,7 +313,7 @@ async def test_retry_after_follows_what_was_measured_and_is_bounded(clock):
     limits = Limits(blocks=1000, max_queue=0, max_concurrent=1)
     admission = Admission(limits, prefill=1000, decode=1000, clock=clock)
     for _ in range(60):  # it turns out: 10 tokens/s in the prompt, 1 afterwards, and answers are short
-        async with await admission.enter(Demand("a", 400, 2000)) as ticket:
+        async with await admission.enter(demand("a", 400, 2000)) as ticket:
             await asyncio.sleep(40)
             ticket.produced(1)
             await asyncio.sleep(99)
@@ -313,29 +321,29 @@ async def test_retry_after_follows_what_was_measured_and_is_bounded(clock):
             ticket.finish = "stop"
     now = admission.snapshot()
     assert now.prefill_speed == pytest.approx(10, rel=0.1) and now.decode_speed == pytest.approx(1, rel=0.1)
-    await admission.enter(Demand("a", 400, 2000))
+    await admission.enter(demand("a", 400, 2000))
     with pytest.raises(Overloaded) as caught:
-        await admission.enter(Demand("a", 400, 2000))
+        await admission.enter(demand("a", 400, 2000))
     assert caught.value.retry_after == pytest.approx(140, rel=0.1)  # not 2 040: nobody writes that much
     slow = Admission(limits, prefill=0.001, clock=clock)
-    await slow.enter(Demand("a", 400, 2000))
+    await slow.enter(demand("a", 400, 2000))
     with pytest.raises(Overloaded) as caught:
-        await slow.enter(Demand("a", 400, 2000))
+        await slow.enter(demand("a", 400, 2000))
     assert caught.value.retry_after == 600
 
 
 @virtual
 async def test_requests_a_minute(clock):
     admission = Admission(Limits(blocks=10), clock=clock)
-    limited = Demand("a", 32, 0, requests_per_minute=7)
+    limited = demand("a", 32, 0, requests_per_minute=7)
     for _ in range(7):
         (await admission.enter(limited)).close()
     with pytest.raises(Overloaded, match="7 requests a minute") as caught:
         await admission.enter(limited)
     assert caught.value.retry_after == 9 and caught.value.reason == "requests_per_minute"  # 60 / 7 = 8.57
-    assert caught.value.code == "rate_limit_exceeded"
-    (await admission.enter(Demand("b", 32, 0, requests_per_minute=7))).close()
-    (await admission.enter(Demand("c", 32, 0))).close()
+    assert (caught.value.code, caught.value.kind) == ("rate_limit_exceeded", "requests")
+    (await admission.enter(demand("b", 32, 0, requests_per_minute=7))).close()
+    (await admission.enter(demand("c", 32, 0))).close()
     await asyncio.sleep(8)
     with pytest.raises(Overloaded):
         await admission.enter(limited)
@@ -354,7 +362,7 @@ async def test_requests_a_minute(clock):
 @virtual
 async def test_tokens_a_minute_with_what_was_produced_paid_afterwards(clock):
     admission = Admission(Limits(blocks=100), clock=clock)
-    limited = Demand("a", 60, 1000, tokens_per_minute=120)
+    limited = demand("a", 60, 1000, tokens_per_minute=120)
     async with await admission.enter(limited) as ticket:
         ticket.produced(180)  # a debt of 120
     with pytest.raises(Overloaded, match="120 tokens a minute") as caught:
@@ -366,15 +374,15 @@ async def test_tokens_a_minute_with_what_was_produced_paid_afterwards(clock):
     await asyncio.sleep(1)
     (await admission.enter(limited)).close()
     with pytest.raises(RequestError, match="121 tokens; this key may use 120"):
-        await admission.enter(Demand("a", 121, 0, tokens_per_minute=120))
+        await admission.enter(demand("a", 121, 0, tokens_per_minute=120))
     assert is_empty(admission)
 
 
 @virtual
 async def test_a_request_that_never_ran_costs_no_tokens(clock):
     admission = Admission(Limits(blocks=10, max_queue=1, first_token_deadline=5), clock=clock)
-    runs = await admission.enter(Demand("other", 320, 0))
-    limited = Demand("a", 100, 0, tokens_per_minute=100)
+    runs = await admission.enter(demand("other", 320, 0))
+    limited = demand("a", 100, 0, tokens_per_minute=100)
     with pytest.raises(Timeout):
         await admission.enter(limited)
     left = asyncio.create_task(admission.enter(limited))
@@ -414,7 +422,7 @@ def test_speed_forgets():
 @virtual
 async def test_a_full_queue_takes_from_who_has_most(clock):
     admission = Admission(Limits(blocks=10, max_queue=4), clock=clock)
-    runs = await admission.enter(Demand("a", 320, 0))
+    runs = await admission.enter(demand("a", 320, 0))
     flood = [asking(admission, **blocks(10)) for _ in range(4)]
     await settled()
     other = asking(admission, key="b", **blocks(10))
@@ -423,7 +431,7 @@ async def test_a_full_queue_takes_from_who_has_most(clock):
     with pytest.raises(Overloaded):
         await flood[3]
     with pytest.raises(Overloaded):
-        await admission.enter(Demand("a", 320, 0))
+        await admission.enter(demand("a", 320, 0))
     runs.close()
     for task in (flood[0], other, *flood[1:3]):
         (await task).close()
@@ -442,7 +450,7 @@ async def shared_by_tokens(clock, where):
 
     async def one(key, count):
         prompt, output = (count, 0) if where == "prompt" else (1, count)
-        async with await admission.enter(Demand(key, prompt, output)) as ticket:
+        async with await admission.enter(demand(key, prompt, output)) as ticket:
             await asyncio.sleep(count / 100)
             ticket.produced(output)
             tokens[key] += count
@@ -464,7 +472,7 @@ async def test_nobody_saves_up_while_away(clock):
     order = []
 
     async def one(key):
-        async with await admission.enter(Demand(key, 100, 0)):
+        async with await admission.enter(demand(key, 100, 0)):
             order.append(key)
             await asyncio.sleep(1)
 
@@ -481,7 +489,7 @@ async def test_a_big_one_is_overtaken_for_a_while_only(clock):
     admitted = {}
 
     async def one(name, count, seconds):
-        async with await admission.enter(Demand("a", 32 * count, 0)):
+        async with await admission.enter(demand("a", 32 * count, 0)):
             admitted[name] = clock()
             await asyncio.sleep(seconds)
 
@@ -525,8 +533,8 @@ async def test_long_ones_leave_a_quarter_to_the_others(clock):
 @virtual
 async def test_a_long_one_that_waits_for_its_share_holds_up_long_ones_only(clock):
     admission = Admission(Limits(blocks=100, max_concurrent=9, patience=5), clock=clock)
-    long = [await admission.enter(Demand("d", 32 * 20, 0)) for _ in range(3)]
-    short = [await admission.enter(Demand("c", 32 * 11, 0)) for _ in range(2)]
+    long = [await admission.enter(demand("d", 32 * 20, 0)) for _ in range(3)]
+    short = [await admission.enter(demand("c", 32 * 11, 0)) for _ in range(2)]
     held = asking(admission, key="a", **blocks(20))  # 18 are left
     for _ in range(2):
         overtakes = asking(admission, key="b", **blocks(1))
@@ -579,7 +587,7 @@ class Simulated:
             now = self.admission.snapshot()
             assert now.blocks_used >= self.blocks and now.sequences >= self.sequences  # others may be about to begin
             try:
-                async for _ in ticket.watch(self._events(demand, min(produced, demand.output))):
+                async for _ in ticket.watch(self._events(demand, min(produced, max(demand.outputs)))):
                     pass
             finally:
                 self.blocks, self.sequences = self.blocks - needs, self.sequences - demand.sequences
@@ -626,7 +634,7 @@ def test_every_request_ends_and_nothing_is_overrun(traffic, limits):
         tasks, demands, came = [], [], []
         for number, (after, key, prompt, output, sequences, produced, leaves) in enumerate(traffic):
             await asyncio.sleep(after)
-            demands.append(Demand(key, prompt, output, sequences))
+            demands.append(demand(key, prompt, output, sequences))
             came.append(clock())
             tasks.append(asyncio.create_task(engine.request(number, demands[-1], produced, leaves)))
         await asyncio.gather(*tasks)
@@ -656,12 +664,12 @@ def nobody_was_starved(log, demands, limits):
         assert not passed_by or max(passed_by) - min(passed_by) <= limits.patience + 1e-6
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(some.integers(1, 2000), some.integers(10, 300), some.integers(1, 2000), some.integers(10, 300), some.data())
 def test_a_flood_leaves_the_other_its_share(prompt, output, other_prompt, other_output, data):
     """One key keeps the queue full; another, with a few requests at a time, still gets 40 % of what is computed, as
     long as it asks for that much."""
-    limits = Limits(blocks=400, max_concurrent=8, max_queue=data.draw(some.integers(8, 40)), first_token_deadline=1e6)
+    limits = Limits(blocks=400, max_concurrent=8, max_queue=data.draw(some.integers(20, 60)), first_token_deadline=1e6)
 
     async def main(clock):
         admission = Admission(limits, clock=clock)
@@ -670,7 +678,7 @@ def test_a_flood_leaves_the_other_its_share(prompt, output, other_prompt, other_
         async def client(key, prompt, output):
             while True:
                 try:
-                    async with await admission.enter(Demand(key, prompt, output)) as ticket:
+                    async with await admission.enter(demand(key, prompt, output)) as ticket:
                         await asyncio.sleep(prompt / 1000)
                         ticket.produced(1)
                         done[key] += prompt

@@ -15,11 +15,12 @@ from fastapi import FastAPI, Request
 from prometheus_client.parser import text_string_to_metric_families
 
 from lightship.engine import EngineSettings, GenerationParams
-from lightship.serving.admission import Admission, Demand, Limits
+from lightship.serving.admission import Admission
 from lightship.serving.app import create_app
 from lightship.serving.journal import Journal, journal_to
 from lightship.serving.metrics import FIRST_TOKEN, Metrics, add_metrics, own_port, token_buckets
 from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.ticket import Demand, Limits
 from lightship.serving.worker import Worker
 
 DASHBOARDS = resources.files("lightship.serving") / "dashboards"
@@ -40,7 +41,7 @@ def served(folder, aliases=False, own=None):
 
         @app.post("/generate")
         async def generate(request: Request, prompt: int, output: int) -> list[int]:
-            demand = Demand("key-1", prompt, output)
+            demand = Demand("key-1", (prompt,), (output,))
             params = GenerationParams(max_tokens=output)
             async with await admission.enter(demand) as ticket:
                 request.state.record.ticket = ticket

@@ -6,65 +6,19 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal
 
-from lightship.engine import Event
-from lightship.errors import Overloaded, RequestError, Timeout, UsageError
+from lightship.errors import Overloaded, RequestError, Timeout
 from lightship.serving.rates import KeyRates, Speed
+from lightship.serving.ticket import Demand, Limits, Observer, Ticket, until
 
 LONG = 1 / 8  # of the pool: a request that may need more is a long one
 LONG_TOGETHER = 3 / 4  # of the pool: what long ones hold together at most while shorter ones wait
 OUTPUT_WEIGHT = 2  # tokens of a prompt that one produced token counts for, as in the paper named at `Admission`
 LONGEST_RETRY = 600  # seconds
 GUESSED_PREFILL, GUESSED_DECODE = 100.0, 10.0  # tokens/s of a slow machine, for a server that was told nothing
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine may hold at once. Times are seconds.
-
-    `blocks`: KV blocks of the pool, each for `block_tokens` tokens of one sequence. `max_concurrent`: sequences that
-    run; `max_queue`: requests that wait. `first_token_deadline`: from arrival to the first token; `total_deadline`: to
-    the last. `patience`: for how long smaller requests may overtake one that does not fit yet.
-    """
-
-    blocks: int
-    block_tokens: int = 32
-    max_concurrent: int = 64
-    max_queue: int = 256
-    first_token_deadline: float = 60.0
-    total_deadline: float | None = None
-    patience: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name in ("blocks", "block_tokens", "max_concurrent", "first_token_deadline", "total_deadline"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name} is {value}, and must be above 0")
-        for name in ("max_queue", "patience"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}, and must be 0 or more")
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a request may need at most: `prompt` and `output` tokens, of each of `sequences`. `key` is whose it is, the
-    rates are the limits of that key, None for none."""
-
-    key: str
-    prompt: int
-    output: int
-    sequences: int = 1
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-
-    def blocks(self, block_tokens: int) -> int:
-        """KV blocks in the worst case."""
-        return self.sequences * math.ceil((self.prompt + self.output) / block_tokens)
 
 
 @dataclass(frozen=True)
@@ -79,112 +33,6 @@ class Snapshot:
     blocks_used: int
     prefill_speed: float
     decode_speed: float
-
-
-class Observer(Protocol):
-    """Who wants to hear of every request; `metrics.Metrics` does."""
-
-    def rejected(self, reason: str) -> None:
-        """Refused or given up: a limit's name, `too_large`, or `deadline`."""
-        ...
-
-    def admitted(self, ticket: Ticket) -> None:
-        """It may run from now on."""
-        ...
-
-    def first_token(self, ticket: Ticket) -> None:
-        """Its first token came, `ticket.ttft` seconds after it arrived."""
-        ...
-
-    def produced(self, tokens: int, seconds: float | None) -> None:
-        """`tokens` more of a sequence came, `seconds` after those before them; None for the first."""
-        ...
-
-    def finished(self, ticket: Ticket) -> None:
-        """It ended, as `ticket.finish` says."""
-        ...
-
-
-class Ticket:
-    """The right to run one request, until `close`. An async context manager that closes itself.
-
-    `queued` and `ttft`: seconds from arrival to admission and to the first token (None before it); `tokens`: produced
-    so far; `finish`: why it ended, set by whoever knows: an engine's finish reason, `error`, `timeout`, or `abort` for
-    one that was left.
-    """
-
-    def __init__(self, admission: Admission, demand: Demand, blocks: int, arrived: float, admitted: float) -> None:
-        self._admission = admission
-        self.demand, self.blocks = demand, blocks
-        self.arrived, self.started, self.ended = arrived, admitted, admitted
-        self.queued = admitted - arrived
-        self.ttft: float | None = None
-        self.tokens = 0
-        self.finish: str | None = None
-        self._last = admitted
-        self._closed = False
-
-    @property
-    def deadline(self) -> float | None:
-        """When it ends at the latest, by the clock of the admission: for its first token, after that as a whole."""
-        limits = self._admission.limits
-        ends = [None if self.ttft is not None else limits.first_token_deadline, limits.total_deadline]
-        return min((self.arrived + end for end in ends if end is not None), default=None)
-
-    def first_token(self) -> None:
-        """The prompt has been read. Further calls change nothing."""
-        if self.ttft is None and not self._closed:
-            self._last = self._admission.now()
-            self.ttft = self._last - self.arrived
-            self._admission.heard_first(self, self._last - self.started)
-
-    def produced(self, count: int) -> None:
-        """`count` tokens more have come, of whichever sequence."""
-        if self._closed:
-            return
-        self.first_token()
-        now = self._admission.now()
-        self._admission.heard(self, count, now - self._last)
-        self.tokens += count
-        self._last = now
-
-    @asynccontextmanager
-    async def in_time(self) -> AsyncIterator[None]:
-        """Raise `Timeout` when what is awaited inside is not there by the deadline."""
-        what = "the first token" if self.ttft is None else "the last token"
-        async with _until(self.deadline, self._admission.now(), f"{what} did not come in time"):
-            yield
-
-    async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """`events` of the engine within the deadlines, counted. Closing this closes them."""
-        try:
-            while True:
-                async with self.in_time():
-                    event = await anext(events, None)
-                if event is None:
-                    return
-                self.produced(len(event.token_ids))
-                self.finish = event.finish_reason or self.finish
-                yield event
-        finally:
-            await events.aclose()
-
-    def close(self) -> None:
-        """Give the place back. Further calls change nothing."""
-        if not self._closed:
-            self._closed = True
-            self.finish = self.finish or "abort"
-            self._admission.release(self)
-
-    async def __aenter__(self) -> Ticket:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception):
-            self.finish = "timeout" if isinstance(error, Timeout) else "error"
-        self.close()
 
 
 @dataclass(eq=False)
@@ -263,7 +111,7 @@ class Admission:
         self._shed(waiting)
         patient = min(self.limits.first_token_deadline, self.limits.total_deadline or math.inf)
         try:
-            async with _until(now + patient, now, "the server was too busy to begin this request in time"):
+            async with until(now + patient, now, "the server was too busy to begin this request in time"):
                 got = await waiting.turn
         except BaseException:
             self._leave(waiting)
@@ -279,20 +127,20 @@ class Admission:
     # ── The queue ───────────────────────────────────────────────────────────
 
     def _check(self, demand: Demand) -> int:
-        limits, blocks = self.limits, demand.blocks(self.limits.block_tokens)
+        limits, blocks, sequences = self.limits, demand.blocks(self.limits.block_tokens), demand.sequences
+        many = f", in {sequences} sequences," if sequences > 1 else ""
         if blocks > limits.blocks:
-            times = f"{demand.sequences} × " if demand.sequences > 1 else ""
             raise RequestError(
-                f"{demand.prompt} prompt tokens and up to {demand.output} new ones need {times}"
-                f"{blocks // demand.sequences} blocks of the KV cache, which has {limits.blocks} blocks of "
-                f"{limits.block_tokens} tokens; ask for fewer tokens",
+                f"{demand.prompt} prompt tokens and up to {max(demand.outputs)} new ones{many} need {blocks} blocks of "
+                f"the KV cache, which has {limits.blocks} blocks of {limits.block_tokens} tokens; ask for fewer tokens",
                 "max_tokens",
                 "request_too_large",
             )
-        if demand.sequences > limits.max_concurrent:
+        if sequences > limits.max_concurrent:
             raise RequestError(
-                f"{demand.sequences} choices were asked for; this server runs {limits.max_concurrent} at once",
-                "n",
+                f"{len(demand.prompts)} prompts × {demand.choices} choices make {sequences} sequences; this server "
+                f"runs {limits.max_concurrent} at once",
+                "n" if demand.choices > 1 else "prompt",
                 "request_too_large",
             )
         return blocks
@@ -398,7 +246,7 @@ class Admission:
 
     def heard_first(self, ticket: Ticket, seconds: float) -> None:
         """A ticket's prompt was read in `seconds`."""
-        self._prefill.observe(ticket.demand.prompt, seconds)
+        self._prefill.observe(ticket.demand.prompts[0], seconds)  # the others may not have been read yet
         if self._observer is not None:
             self._observer.first_token(ticket)
 
@@ -435,19 +283,6 @@ class Admission:
         return min(LONGEST_RETRY, max(1, math.ceil((waiting + running) / together)))
 
     def _seconds(self, demand: Demand, produced: int, read: bool) -> float:
-        output = demand.output if self._usual_output is None else min(demand.output, self._usual_output)
+        output = max(demand.outputs) if self._usual_output is None else min(max(demand.outputs), self._usual_output)
         left = max(0.0, output - produced / demand.sequences)
         return (0.0 if read else demand.prompt / self._prefill.per_second) + left / self._decode.per_second
-
-
-@asynccontextmanager
-async def _until(deadline: float | None, now: float, message: str) -> AsyncIterator[None]:
-    """Raise `Timeout` when what is awaited inside takes longer than from `now` to `deadline`."""
-    limit = asyncio.timeout(None if deadline is None else deadline - now)
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise Timeout(message) from error

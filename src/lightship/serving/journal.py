@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lightship.serving.admission import Ticket
+from lightship.serving.ticket import Ticket
 
 JSON = dict[str, Any]
 ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")

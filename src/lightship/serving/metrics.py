@@ -18,7 +18,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.samples import Sample
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lightship.serving.admission import Snapshot, Ticket
+from lightship.serving.admission import Snapshot
+from lightship.serving.ticket import Ticket
 
 OURS, THEIRS = "lightship:", "vllm:"
 # The boundaries of vLLM 0.32 (vllm/v1/metrics/buckets.py); those of token counts: see `token_buckets`.
@@ -45,7 +46,7 @@ def token_buckets(context: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own. An `admission.Observer`: admission tells it of every
+    """The metrics of one server, in a registry of their own. A `ticket.Observer`: admission tells it of every
     request. `watch` adds what is read when it is asked for.
 
     Hits of the prefix cache (`prefix_cache_queries`, `prefix_cache_hits`) are not there: OpenVINO GenAI's
