@@ -110,6 +110,12 @@ class EngineError(LightshipError):
     """The engine failed while running."""
 
 
+class ClientLeft(EngineError):
+    """The client closed the connection before its answer was complete: there is nobody left to tell."""
+
+    http_status = 499
+
+
 class Overloaded(EngineError):
     """No room for another request now. `retry_after`: whole seconds after which one more try makes sense; `reason`: the
     limit that was met (`queue_full`, `requests_per_minute`, `tokens_per_minute`). `code` and `kind` (OpenAI's `type`)

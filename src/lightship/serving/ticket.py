@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol
 
 from lightship.engine import Event
-from lightship.errors import Timeout, UsageError
+from lightship.errors import ClientLeft, Timeout, UsageError
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Ticket:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, ClientLeft):
             self.finish = "timeout" if isinstance(error, Timeout) else "error"
         self.close()
 
