@@ -49,14 +49,15 @@ def _server(bundle: Bundle, worker: Worker, settings: EngineSettings) -> tuple[u
     from lightship.serving.app import create_app
     from lightship.serving.grammar import Grammars
     from lightship.serving.model import ServedModel
+    from lightship.serving.scoring import Scoring
 
     model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
-    grammars = Grammars(bundle.targets[0], folder)
+    grammars, scoring = Grammars(bundle.targets[0], folder), Scoring(bundle.targets[0], folder, settings)
 
     def add_routes(app: FastAPI) -> None:
-        openai.add_routes(app, worker, model, lambda: worker.stats.get("batching"), grammars)
+        openai.add_routes(app, worker, model, lambda: worker.stats.get("batching"), grammars, scoring)
 
-    app = create_app(worker, add_routes, [grammars])
+    app = create_app(worker, add_routes, [grammars, scoring])
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     return uvicorn.Server(config), app
 
