@@ -262,6 +262,7 @@ REFUSED = [
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
     ("/v1/completions", {"prompt": "a", "logprobs": 1}, 400, "logprobs"),
     ("/v1/completions", {"prompt": "a", "logprobs": 6, "echo": True}, 400, "logprobs"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 1, "echo": True}, 400, "echo"),
     ("/v1/completions", {"prompt": ["a"] * 33}, 400, "prompt"),
     ("/v1/completions", {"prompt": ["a"] * 32, "n": 3}, 400, "n"),
     ("/predict", {"input": ""}, 400, "input"),
