@@ -35,6 +35,10 @@ def api() -> FastAPI:
         request.state.record.prompt_tokens = 3
         return {"id": request.state.id}
 
+    @app.get("/own")
+    async def own_id() -> Response:
+        return Response(headers={"X-Request-ID": "the route's"})
+
     @app.get("/boom")
     async def boom() -> None:
         raise RuntimeError(SECRET)
@@ -126,6 +130,32 @@ def test_ids_of_clients(log, given, taken):
 def test_two_ids_are_none(log):
     answer = httpx.get(f"{log[0]}/item/x", headers=[("X-Request-Id", "one"), ("X-Request-Id", "two")])
     assert answer.headers["x-request-id"].startswith("req-") and len(lines_of(log[1], 1)) == 1
+
+
+def test_there_is_one_id_only(log):
+    answer = httpx.get(f"{log[0]}/own", headers={"X-Request-Id": "mine"})
+    assert answer.headers.get_list("x-request-id") == ["mine"] and len(lines_of(log[1], 1)) == 1
+
+
+def test_leaving_after_the_answer_is_no_leaving(tmp_path):
+    """An application may go on listening when it has answered; then the end of the connection means nothing."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    logger, sink = journal_to(tmp_path / "lines")
+    asyncio.run(Journal(app, logger)({"type": "http", "method": "GET", "headers": []}, receive, send))
+    sink.stop()
+    (line,) = lines_of(tmp_path / "lines", 1)
+    assert (line["status"], line["client_left"]) == (204, False)
 
 
 @pytest.mark.parametrize(
