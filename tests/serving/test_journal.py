@@ -18,9 +18,11 @@ from fastapi.responses import Response
 
 from lightship.errors import Overloaded
 from lightship.serving import errors
+from lightship.serving.admission import Admission
 from lightship.serving.connection import Stream, unless_gone
 from lightship.serving.journal import Journal, Sink, journal_to
 from lightship.serving.server import bind, url_of
+from lightship.serving.ticket import Demand, Limits
 
 SECRET = "what the client wrote"
 
@@ -156,6 +158,26 @@ def test_leaving_after_the_answer_is_no_leaving(tmp_path):
     sink.stop()
     (line,) = lines_of(tmp_path / "lines", 1)
     assert (line["status"], line["client_left"]) == (204, False)
+
+
+def test_no_route_keeps_its_place(tmp_path):
+    admission = Admission(Limits(blocks=1))
+
+    async def app(scope, receive, send):
+        scope["state"]["record"].ticket = await admission.enter(Demand("a", (7,), (3,)))
+        raise RuntimeError("and nobody closes it")
+
+    async def nothing(*message):
+        pass
+
+    logger, sink = journal_to(tmp_path / "lines")
+    scope = {"type": "http", "method": "GET", "headers": []}
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            asyncio.run(Journal(app, logger)({**scope}, nothing, nothing))
+    sink.stop()
+    assert [line["finish"] for line in lines_of(tmp_path / "lines", 2)] == ["abort", "abort"]
+    assert admission.snapshot().running == 0
 
 
 @pytest.mark.parametrize(

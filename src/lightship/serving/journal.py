@@ -84,6 +84,8 @@ class Journal:
         try:
             await self._app(scope, watched.receive, watched.send)
         finally:
+            if record.ticket is not None:
+                record.ticket.close()  # whatever became of the route, its place in the engine is free again
             self._answered(watched.status)
             self._write(scope, record, watched)
 
