@@ -110,6 +110,7 @@ def test_known_requests_give_known_figures(scraped):
     assert value("admission_rejections_total", reason="too_large") == 1
     assert value("admission_rejections_total", reason="queue_full") == 0
     assert value("http_responses_total", status="400") == 1 and value("http_responses_total", status="200") >= 3
+    assert value("http_responses_total", status="429") == 0  # there before the first, so that a rate sees that one
     assert value("request_prompt_tokens_sum") == 210 and value("request_prompt_tokens_bucket", le="5.0") == 1
     assert value("request_generation_tokens_count") == 3
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):

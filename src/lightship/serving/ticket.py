@@ -166,8 +166,11 @@ class Ticket:
         """`events` of the engine within the deadlines, counted. Closing this closes them."""
         try:
             while True:
-                async with self.in_time():
+                if self.deadline is None:
                     event = await anext(events, None)
+                else:
+                    async with self.in_time():
+                        event = await anext(events, None)
                 if event is None:
                     return
                 self.produced(len(event.token_ids))
