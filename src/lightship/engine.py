@@ -150,6 +150,8 @@ class FakeEngine:
     Its faults are those of real engines: after `fail_after` steps it raises, after `hang_after` a step never returns,
     after `segfault_after` its process is gone; a step takes `slow` seconds and leaks `leak` bytes; a prompt takes
     `prefill` steps that give no token.
+
+    With a `script` it says these tokens, over and over, whatever it is asked.
     """
 
     vocabulary: int = 256
@@ -161,6 +163,7 @@ class FakeEngine:
     slow: float = 0.0
     prefill: int = 0
     leak: int = 0
+    script: tuple[int, ...] = ()
     _leaked: list[bytes] = field(default_factory=list)
     _requests: dict[int, _FakeRequest] = field(default_factory=dict)
     _next_id: int = 0
@@ -192,6 +195,8 @@ class FakeEngine:
             if request.steps <= self.prefill:
                 continue
             token = (request.tokens[-1] + 1) % self.vocabulary
+            if self.script:
+                token = self.script[request.produced % len(self.script)]
             stops = (*request.params.stop_token_ids, self.eos_token_id)
             if token in stops and not request.params.ignore_eos:
                 events.append(Event(request_id, finish_reason="stop"))

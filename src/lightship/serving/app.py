@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from lightship.serving import errors
+from lightship.serving.draining import Door, Turnstile
 from lightship.serving.limits import BodyLimit
 
 
@@ -21,6 +22,11 @@ class Served(Protocol):
     @property
     def ready(self) -> bool:
         """Whether it takes requests."""
+        ...
+
+    @property
+    def live(self) -> bool:
+        """Whether it works, loads or will be started again; False: only a new process helps."""
         ...
 
     @property
@@ -69,6 +75,8 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None], beside: Se
     app.state.failure, app.state.ready = None, lambda: engine.ready
     errors.install(app)
     app.add_middleware(BodyLimit)
+    app.state.door = Door()
+    app.add_middleware(Turnstile, door=app.state.door)
     _health(app, engine)
     add_routes(app)
     return app
@@ -76,14 +84,25 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None], beside: Se
 
 def _health(app: FastAPI, engine: Served) -> None:
     @app.get("/livez")
-    async def livez() -> dict[str, Any]:
-        return {"status": "alive"}
+    async def livez() -> Response:
+        if engine.live:
+            return JSONResponse({"status": "alive"})
+        return JSONResponse({"status": "stuck", "reason": engine.failure}, 503)
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        if app.state.door.closing:
+            return JSONResponse({"status": "stopping", "reason": None}, 503)
         if engine.ready:
             return JSONResponse({"status": "ready"})
-        starting: asyncio.Task[None] = app.state.starting
-        failed = starting.exception() if starting.done() and not starting.cancelled() else None
-        state = "failed" if failed else "stopped" if starting.done() else "loading"
-        return JSONResponse({"status": state, "reason": str(failed) if failed else engine.failure}, 503)
+        failed = app.state.failure
+        return JSONResponse({"status": _state(app, engine), "reason": str(failed) if failed else engine.failure}, 503)
+
+
+def _state(app: FastAPI, engine: Served) -> str:
+    """Of an engine that is not ready."""
+    if app.state.failure is not None:
+        return "failed"
+    if not app.state.starting.done():
+        return "loading"
+    return "restarting" if engine.live else "stopped"

@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from lightship.engine import Event, GenerationParams
 from lightship.errors import EngineDied
 from lightship.serving.model import ServedModel
+from lightship.serving.supervisor import once_more
 from lightship.serving.text import TextStream
 from lightship.serving.tokens import Shown, Token
+from lightship.serving.tools.parser import Arguments, Parser, Start, Text
+from lightship.serving.tools.schema import Calling
 
 JSON = dict[str, Any]
-Result = TypeVar("Result")
 RECOVERY = 60.0  # seconds that a request waits for an engine that is started again
 
 
@@ -36,13 +38,14 @@ class Generates(Protocol):
 @dataclass(frozen=True)
 class Piece:
     """What one choice gained: text that is certain; its tokens when log-probabilities were asked for; how many tokens
-    were computed for it; and, in its last piece, why it ended."""
+    were computed for it; in its last piece, why it ended; and what it gained of tool calls."""
 
     index: int
     text: str
     tokens: tuple[Token, ...] = ()
     produced: int = 0
     finish: str | None = None
+    calls: tuple[Start | Arguments, ...] = ()
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
@@ -59,7 +62,8 @@ class Generation:
     """`n` choices of each prompt, in OpenAI's order: choice c of prompt p has the index p·n + c.
 
     Every choice is a request of its own in the engine, so they are computed together where the engine can do that.
-    `params` are those of each prompt; their seed is derived for each choice, see `choice_seed`.
+    `params` are those of each prompt; their seed is derived for each choice, see `choice_seed`. `calling` says what
+    tools the answers may call.
     """
 
     engine: Generates
@@ -68,6 +72,7 @@ class Generation:
     params: Sequence[GenerationParams]
     n: int = 1
     stops: Sequence[str] = ()
+    calling: Calling | None = None
     produced: int = 0  # tokens computed for the answer, the end-of-text token not counted
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -97,12 +102,12 @@ class Generation:
             async with contextlib.aclosing(self._attempt()) as pieces:
                 return _joined([piece async for piece in pieces], len(self.prompts) * self.n)
 
-        return await once_more(self.engine, everything)
+        return await once_more(everything, lambda: False, self.engine, RECOVERY)
 
     async def _attempt(self) -> AsyncGenerator[Piece, None]:
         self.produced = 0
         choices = [
-            self._choice(place * self.n + choice, prompt, replace(params, seed=choice_seed(params.seed, choice)))
+            self._answer(place * self.n + choice, prompt, replace(params, seed=choice_seed(params.seed, choice)))
             for place, (prompt, params) in enumerate(zip(self.prompts, self.params, strict=True))
             for choice in range(self.n)
         ]
@@ -111,8 +116,22 @@ class Generation:
                 self.produced += piece.produced
                 yield piece
 
+    def _answer(self, index: int, prompt: Sequence[int], params: GenerationParams) -> AsyncGenerator[Piece, None]:
+        """The pieces of one choice."""
+        pieces, tools = self._choice(index, prompt, params), self.model.tools
+        if self.calling is None or tools is None:
+            return pieces
+        parser = tools.parser(self.calling.names, parallel=self.calling.parallel, sure=self.calling.forced)
+        return _called(pieces, parser, self.calling.named)
+
+    def _hidden(self) -> Collection[int] | None:
+        """The tokens that are no part of the text."""
+        if self.calling is None or self.model.tools is None:
+            return None
+        return self.model.tools.hidden(self.model.tokenizer, forced=self.calling.forced)
+
     async def _choice(self, index: int, prompt: Sequence[int], params: GenerationParams) -> AsyncGenerator[Piece, None]:
-        text = TextStream(self.model.tokenizer, self.stops)
+        text = TextStream(self.model.tokenizer, self.stops, self._hidden())
         shown = Shown(self.model.token_bytes) if params.logprobs else None
         finish = "stop"
         async with contextlib.aclosing(self.engine.generate(prompt, params)) as events:
@@ -136,13 +155,22 @@ class Generation:
         return {"prompt_tokens": prompt, "completion_tokens": self.produced, "total_tokens": prompt + self.produced}
 
 
-async def once_more(engine: Generates, work: Callable[[], Awaitable[Result]]) -> Result:
-    """The result of `work`; when the engine dies, of doing it again with the next one."""
-    try:
-        return await work()
-    except EngineDied:
-        await engine.recovered(RECOVERY)
-    return await work()
+async def _called(pieces: AsyncGenerator[Piece, None], parser: Parser, named: bool) -> AsyncGenerator[Piece, None]:
+    """`pieces` of one choice with their text read into content and calls. It ends with the last call that may be, for a
+    reason of its own unless the function was `named`, as OpenAI's does."""
+    called = False
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            found = parser.push(piece.text) + (parser.finish() if piece.finish is not None else [])
+            calls = tuple(delta for delta in found if not isinstance(delta, Text))
+            called = called or bool(calls)
+            finish = "stop" if parser.done else piece.finish
+            if called and finish == "stop" and not named:
+                finish = "tool_calls"
+            content = "".join(delta.text for delta in found if isinstance(delta, Text))
+            yield replace(piece, text=content, finish=finish, calls=calls)
+            if parser.done:
+                return
 
 
 async def _merged(choices: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
@@ -183,6 +211,7 @@ def _joined(pieces: Sequence[Piece], count: int) -> list[Piece]:
         found[piece.index].append(piece)
     return [
         Piece(index, "".join(piece.text for piece in own), tuple(token for piece in own for token in piece.tokens),
-              sum(piece.produced for piece in own), own[-1].finish)
+              sum(piece.produced for piece in own), own[-1].finish,
+              tuple(call for piece in own for call in piece.calls))
         for index, own in enumerate(found)
     ]  # fmt: skip

@@ -17,6 +17,7 @@ from lightship.checkpoint import context_length
 from lightship.engine import EngineSettings
 from lightship.errors import ContextTooLong, RequestError, UnsupportedError
 from lightship.serving.tokens import TokenBytes
+from lightship.serving.tools import Tools, recorded
 from lightship.template import ChatTemplate, load_template
 from lightship.tokenizer import load_tokenizer
 
@@ -27,7 +28,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer whose request sets no limit
 class ServedModel:
     """A runtime folder as the API sees it. `context` in tokens, `digest` of the bundle; `fingerprint` stands for the
     bundle and the settings of its engine. A chat without a limit gets at most `default_max_tokens`, or what the context
-    leaves."""
+    leaves. `tools` says how it calls functions, None when it does not."""
 
     name: str
     digest: str
@@ -37,6 +38,7 @@ class ServedModel:
     template: ChatTemplate | None
     fingerprint: str = ""
     default_max_tokens: int = DEFAULT_MAX_TOKENS
+    tools: Tools | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @staticmethod
@@ -52,9 +54,10 @@ class ServedModel:
         if not isinstance(config.get("vocab_size"), int):
             raise UnsupportedError(f"{folder / 'config.json'} has no vocab_size")
         context = context_length(config) or 2048
+        template = load_template(folder)
         return ServedModel(
-            name, digest, context, config["vocab_size"], load_tokenizer(folder), load_template(folder),
-            fingerprint(digest, settings or EngineSettings()), default_max_tokens,
+            name, digest, context, config["vocab_size"], load_tokenizer(folder), template,
+            fingerprint(digest, settings or EngineSettings()), default_max_tokens, recorded(template, folder),
         )  # fmt: skip
 
     @cached_property
@@ -62,11 +65,22 @@ class ServedModel:
         """The bytes of its tokens."""
         return TokenBytes(self.tokenizer)
 
-    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The prompt of a chat. Raises `RequestError` when the model has no chat template."""
+    def chat_tokens(
+        self, messages: Sequence[dict[str, Any]], functions: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt of a chat in which `functions` may be called. Raises `RequestError` when the model has no chat
+        template, or one whose calls are not known and the chat has some."""
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        return self._encode(self.template.render(messages), special=False)
+        if self.tools is not None:
+            messages = self.tools.prepare(messages)
+        elif functions is not None or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            raise RequestError(
+                f"{self.name!r} calls no functions: its chat template belongs to no family whose calls are read here",
+                "tools" if functions is not None else "messages",
+                "unsupported_parameter",
+            )
+        return self._encode(self.template.render(messages, tools=functions), special=False)
 
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The prompt of a completion; token ids are checked against the vocabulary."""

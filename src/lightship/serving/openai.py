@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from lightship.engine import GenerationParams
+from lightship.engine import GenerationParams, Grammar
 from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
 from lightship.serving.connection import Stream, pulsing, unless_gone
@@ -47,18 +47,29 @@ def add_routes(
         check_name(model, body.model)
         body.refuse_unsupported()
 
+    async def compiled(grammar: Grammar | None, param: str, request: Request) -> None:
+        if grammar is not None and grammars is None:
+            raise RequestError(f"{param} is not supported here", param, "unsupported_parameter")
+        if grammar is not None and grammars is not None:
+            await unless_gone(request, grammars.check(grammar, param))
+
     # Tokenizing takes seconds for megabytes; in a thread it does not hold the other streams up.
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check(body)
-        if (grammar := await asyncio.to_thread(body.grammar)) is not None:
-            if grammars is None:
-                raise RequestError("response_format is not supported here", "response_format", "unsupported_parameter")
-            await unless_gone(request, grammars.check(grammar, "response_format"))
-        tokens = await asyncio.to_thread(model.chat_tokens, [message.plain() for message in body.messages])
+        grammar, calling = await asyncio.to_thread(body.grammar), body.calling()
+        await compiled(grammar, "response_format", request)
+        tokens = await asyncio.to_thread(model.chat_tokens, body.conversation(), calling.tools if calling else None)
+        if calling is not None and model.tools is not None and (calling.forced or calling.strict):
+            if grammar is not None:
+                raise RequestError("response_format cannot be combined with tools that must be called or are strict",
+                                   "response_format", "unsupported_parameter")  # fmt: skip
+            grammar = Grammar("tags", model.tools.grammar(calling.callable, calling.forced, calling.parallel))
+            await compiled(grammar, "tools", request)
         params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
-        generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops())
-        shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs())
+        generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops(), calling)
+        shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs(),
+                     calling is not None)  # fmt: skip
         return await _reply(generation, body, shape, request, keep_alive)
 
     @app.post("/v1/completions")
@@ -136,8 +147,8 @@ async def _stream(
     def sent(piece: Piece | None) -> str:
         if piece is None:
             return ": keep-alive\n\n"
-        chunks = shape.chunks(piece, piece.index not in begun)
-        begun.add(piece.index)
+        if chunks := shape.chunks(piece, piece.index not in begun):
+            begun.add(piece.index)
         return "".join(_event({**chunk, "usage": None} if usage else chunk) for chunk in chunks)
 
     try:

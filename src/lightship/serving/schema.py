@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lightship.engine import GenerationParams, Grammar
 from lightship.errors import RequestError
 from lightship.serving.json_schema import any_object, to_grammar
+from lightship.serving.tools.schema import AssistantToolCalls, Calling, ToolCallId, ToolChoice, Tools, calling
 
 
 class _Body(BaseModel):
@@ -95,22 +96,35 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One chat message; content is text, or a list of text parts."""
+    """One chat message; content is text, or a list of text parts, and may be missing where an assistant calls tools."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=100)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(max_length=100)] | None = None
     name: str | None = None
+    tool_calls: AssistantToolCalls | None = None
+    tool_call_id: ToolCallId | None = None
     # What an answer of ours holds besides, so that a client can send it back as it came.
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
 
-    def plain(self) -> dict[str, str]:
-        """For the chat template."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def plain(self, param: str) -> dict[str, Any]:
+        """For the chat template. Raises `RequestError` for fields that do not go with the role; `param` names the
+        message."""
+        if self.tool_calls is not None and self.role != "assistant":
+            raise RequestError("only a message of the role 'assistant' has tool_calls", f"{param}.tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise RequestError("tool_call_id goes with the role 'tool'", f"{param}.tool_call_id")
+        if self.content is None and self.tool_calls is None:
+            raise RequestError("the message has no content", f"{param}.content")
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": "".join(parts)}
+        if self.tool_calls is not None:
+            found["tool_calls"] = [call.plain(f"{param}.tool_calls.{n}") for n, call in enumerate(self.tool_calls)]
+        if self.tool_call_id is not None:
+            found["tool_call_id"] = self.tool_call_id
+        return found
 
 
 class JsonSchema(_Body):
@@ -153,9 +167,9 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None  # speaks of tools only
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     metadata: Metadata | None = None  # labels of stored answers; none is stored
@@ -184,6 +198,18 @@ class ChatRequest(Sampling):
         """What the answer must be."""
         return self.response_format.grammar() if self.response_format else None
 
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages for the chat template. Raises `RequestError` for one whose fields do not fit its role."""
+        return [message.plain(f"messages.{index}") for index, message in enumerate(self.messages)]
+
+    def calling(self) -> Calling | None:
+        """What tools the answer may call. Raises `RequestError` for a choice that does not fit."""
+        found = calling(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if found is not None and self.grammar() is not None:
+            raise RequestError("an answer in a response_format calls no tools; give one of them, or tool_choice none",
+                               "response_format", "unsupported_parameter")  # fmt: skip
+        return found
+
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -201,8 +227,6 @@ class ChatRequest(Sampling):
 
 # Values that ask for nothing, or for what this server does anyway; any other is refused by name.
 TAKEN: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "store": (False,),

@@ -9,18 +9,20 @@ from typing import Any
 from lightship.serving.generation import Piece
 from lightship.serving.model import ServedModel
 from lightship.serving.tokens import Token, as_chat, as_legacy
+from lightship.serving.tools.parser import Arguments, Start
 
 JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat completion."""
+    """A chat completion; `tools`: one that may call functions."""
 
     id: str
     created: int
     model: ServedModel
     logprobs: bool = False
+    tools: bool = False
 
     def _body(self, kind: str, choices: Sequence[JSON]) -> JSON:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name,
@@ -32,7 +34,7 @@ class Chat:
     def whole(self, pieces: Sequence[Piece], usage: JSON) -> JSON:
         """The response in one piece."""
         choices = [
-            {"index": piece.index, "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            {"index": piece.index, "message": _message(piece),
              "logprobs": self._scores(piece.tokens), "finish_reason": piece.finish}
             for piece in pieces
         ]  # fmt: skip
@@ -44,9 +46,14 @@ class Chat:
 
     def chunks(self, piece: Piece, first: bool) -> list[JSON]:
         """What is streamed for a piece, the `first` of its choice or a later one."""
-        found = [self._chunk(piece.index, {"role": "assistant", "content": ""})] if first else []
+        empty = not (piece.text or piece.tokens or piece.calls or piece.finish)
+        if self.tools and empty:  # whether an answer has content shows with its first word, or its first call
+            return []
+        opening = {"role": "assistant", "content": None if piece.calls and not piece.text else ""}
+        found = [self._chunk(piece.index, opening)] if first else []
         if piece.text or piece.tokens:
             found.append(self._chunk(piece.index, {"content": piece.text}, self._scores(piece.tokens)))
+        found += [self._chunk(piece.index, {"tool_calls": [_part(delta)]}) for delta in piece.calls]
         if piece.finish is not None:
             found.append(self._chunk(piece.index, {}, finish=piece.finish))
         return found
@@ -54,6 +61,27 @@ class Chat:
     def ending(self, usage: JSON) -> JSON:
         """The last chunk, where usage was asked for."""
         return {**self._body("chat.completion.chunk", []), "usage": usage}
+
+
+def _message(piece: Piece) -> JSON:
+    """The whole answer."""
+    message: JSON = {"role": "assistant", "content": piece.text, "refusal": None}
+    if piece.calls:
+        calls = [
+            {"id": start.id, "type": "function", "function": {"name": start.name, "arguments": "".join(
+                delta.text for delta in piece.calls if isinstance(delta, Arguments) and delta.index == start.index)}}
+            for start in piece.calls if isinstance(start, Start)
+        ]  # fmt: skip
+        message |= {"content": piece.text or None, "tool_calls": calls}
+    return message
+
+
+def _part(delta: Start | Arguments) -> JSON:
+    """What is streamed of a call."""
+    if isinstance(delta, Start):
+        return {"index": delta.index, "id": delta.id, "type": "function",
+                "function": {"name": delta.name, "arguments": ""}}  # fmt: skip
+    return {"index": delta.index, "function": {"arguments": delta.text}}
 
 
 @dataclass(frozen=True)

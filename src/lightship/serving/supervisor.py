@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -319,8 +319,16 @@ class Growth:
         return Trouble(f"the engine's memory is above {self._limit // MIB} MiB: {self.memory}", planned=True)
 
 
+class Recovers(Protocol):
+    """An engine that may die and come back."""
+
+    async def recovered(self, timeout: float) -> None:
+        """See `Supervisor.recovered`."""
+        ...
+
+
 async def once_more(
-    attempt: Callable[[], Awaitable[Result]], sent: Callable[[], bool], supervisor: Supervisor, timeout: float
+    attempt: Callable[[], Awaitable[Result]], sent: Callable[[], bool], engine: Recovers, timeout: float
 ) -> Result:
     """The result of `attempt()`; when the engine dies before anything was `sent` to the client, of a second one.
 
@@ -332,5 +340,5 @@ async def once_more(
     except EngineDied:
         if sent():
             raise
-    await supervisor.recovered(timeout)
+    await engine.recovered(timeout)
     return await attempt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightship.engine import Grammar
+from lightship.targets import _openvino_schema
 
 FIELDS = {"json_schema": "json_schema", "json_object": "json_schema", "regex": "regex", "ebnf": "grammar",
           "tags": "structural_tags_config"}  # fmt: skip
@@ -19,8 +21,17 @@ def config(grammar: Grammar) -> Any:
     import openvino_genai as genai
 
     made = genai.StructuredOutputConfig()
-    setattr(made, FIELDS[grammar.kind], '{"type": "object"}' if grammar.kind == "json_object" else grammar.text)
+    setattr(made, FIELDS[grammar.kind], _text(grammar))
     return made
+
+
+def _text(grammar: Grammar) -> str:
+    if grammar.kind == "json_object":
+        return '{"type": "object"}'
+    if grammar.kind in ("json_schema", "tags"):
+        mend = _openvino_schema.mended if grammar.kind == "json_schema" else _openvino_schema.mend
+        return json.dumps(mend(json.loads(grammar.text)), ensure_ascii=False)
+    return grammar.text
 
 
 class Compiler:
