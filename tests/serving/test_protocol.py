@@ -334,7 +334,8 @@ def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
         assert httpx.get(f"{url}/livez").status_code == 200
         assert httpx.get(f"{url}/readyz").status_code == 503
         answer = httpx.post(f"{url}/predict", json={"input": "a"})
-        assert answer.status_code == 503 and answer.json()["error"]["code"] == "unavailable"
+        assert answer.status_code == 200  # it waited for the next engine
+        assert answer.json()["usage"]["completion_tokens"] == DEFAULT_MAX_TOKENS
 
 
 def test_a_step_that_fails_says_why(folder, tmp_path):
