@@ -365,6 +365,7 @@ def test_no_tools_no_calls():
         ([], "required", "tool_choice"),
         ([{"name": "a"}], {"type": "function", "function": {"name": "b"}}, "tool_choice"),
         ([{"name": "a"}, {"name": "a"}], None, "tools"),
+        ([{"name": "a"}, {"name": "b", "parameters": {"type": "string"}}], None, "tools.1.function.parameters"),
     ],
 )
 def test_choices_that_do_not_fit(functions, choice, param):
@@ -515,6 +516,8 @@ def test_a_call_that_begins_with_a_special_token(tmp_path):
         chat = [*CHAT[:1], answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
         assert ask(client, chat, tools=[WEATHER]).choices[0].message.tool_calls
         assert ask(client).choices[0].message.content == f" [{M_ZURICH}]"
+        scored = ask(client, tools=[WEATHER], logprobs=True).choices[0].logprobs.content
+        assert "".join(each.token for each in scored[:4]) == "[TOOL_CALLS] [{"
 
 
 BAD = [
