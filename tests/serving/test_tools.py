@@ -208,6 +208,7 @@ READ = [
     ("llama3", f"You could write {L_NOW}.", None, []),
     ("llama3", '{"name": "clock"}', None, []),
     ("llama3", '{"name": "Ada", "parameters": {}}\n', None, []),
+    ("llama3", '{"name": "Ada", "parameters":\n{"name": "clock", "parameters": {}}}', None, []),
     ("llama3", 'int main() {\n  return {"name"};\n}', None, []),
     ("llama3", '<|python_tag|>clock.call(zone="CET")', None, []),
     ("llama3", '{"na', None, []),
