@@ -28,8 +28,8 @@ from lightship.serving.limits import BODY_LIMIT
 from lightship.serving.model import DEFAULT_MAX_TOKENS, ServedModel, fingerprint
 from lightship.serving.schema import ChatRequest, CompletionRequest
 from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.supervisor import Supervisor
 from lightship.serving.text import TextStream
-from lightship.serving.worker import Worker
 from lightship.tokenizer import load_tokenizer
 
 CONTEXT = 4_000_000
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def served(folder):
-    worker = Worker("fake", EngineSettings())
+    worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
     model = ServedModel.load("org/fake", "0" * 64, folder)
     app = create_app(worker, lambda app: routes.add_routes(app, worker, model))
@@ -242,6 +242,8 @@ REFUSED = [
     ("/v1/chat/completions", {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens"),
     ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1}, 400, "top_logprobs"),
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 0}, 400, "top_logprobs"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": SECRET}}, 400, "response_format.type"),
     ("/v1/chat/completions", {**CHAT, "n": 9}, 400, "n"),
     ("/v1/chat/completions", {**CHAT, "n": 0}, 400, "n"),
     ("/v1/chat/completions", {**CHAT, "logit_bias": {"5": 1}}, 400, "logit_bias"),
@@ -315,9 +317,9 @@ def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json={"prompt": [0], "max_tokens": 1_000_000}, timeout=0.2)
         deadline = time.monotonic() + 5
-        while worker._streams and time.monotonic() < deadline:
+        while worker._worker._streams and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not worker._streams
+        assert not worker._worker._streams
         with endless(url, stream=True) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -338,7 +340,7 @@ def test_a_step_that_fails_says_why(folder, tmp_path):
     (tmp_path / "fake.json").write_text('{"fail_after": 3}')
 
     async def run():
-        worker = Worker("fake", EngineSettings())
+        worker = Supervisor("fake", EngineSettings())
         worker.load(tmp_path)
         await worker.start()
         with pytest.raises(EngineDied, match="told to fail"):
@@ -353,8 +355,9 @@ def test_a_step_that_fails_says_why(folder, tmp_path):
 def test_the_child_ends_when_its_parent_is_killed(tmp_path):
     code = (
         "import asyncio, pathlib, sys\nfrom lightship.engine import EngineSettings\n"
-        "from lightship.serving.worker import Worker\n"
-        "async def main():\n    worker = Worker('fake', EngineSettings())\n    worker.load(pathlib.Path(sys.argv[1]))\n"
+        "from lightship.serving.supervisor import Supervisor\n"
+        "async def main():\n    worker = Supervisor('fake', EngineSettings())\n"
+        "    worker.load(pathlib.Path(sys.argv[1]))\n"
         "    await worker.start()\n    print(worker.pid, flush=True)\n    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )

@@ -4,14 +4,15 @@ routes of a kind of model are added by `openai` and `encoder`."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from lightship.serving import errors
+from lightship.serving.draining import Door, Turnstile
 from lightship.serving.limits import BodyLimit
 
 
@@ -21,6 +22,11 @@ class Served(Protocol):
     @property
     def ready(self) -> bool:
         """Whether it takes requests."""
+        ...
+
+    @property
+    def live(self) -> bool:
+        """Whether it works, loads or will be started again; False: only a new process helps."""
         ...
 
     @property
@@ -37,8 +43,16 @@ class Served(Protocol):
         ...
 
 
-def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI:
-    """The API in front of `engine`. `app.state.failure` is set when it cannot be loaded."""
+class Closes(Protocol):
+    """What is closed after the engine: processes that the routes started."""
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+def create_app(engine: Served, add_routes: Callable[[FastAPI], None], beside: Sequence[Closes] = ()) -> FastAPI:
+    """The API in front of `engine`, and what runs `beside` it. `app.state.failure` is set when it cannot be loaded."""
 
     def failed(starting: asyncio.Task[None]) -> None:
         if not starting.cancelled():
@@ -54,11 +68,15 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
         finally:
             starting.cancel()
             await engine.close()
+            for each in beside:
+                await each.close()
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.failure, app.state.ready = None, lambda: engine.ready
     errors.install(app)
     app.add_middleware(BodyLimit)
+    app.state.door = Door()
+    app.add_middleware(Turnstile, door=app.state.door)
     _health(app, engine)
     add_routes(app)
     return app
@@ -66,14 +84,25 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
 
 def _health(app: FastAPI, engine: Served) -> None:
     @app.get("/livez")
-    async def livez() -> dict[str, Any]:
-        return {"status": "alive"}
+    async def livez() -> Response:
+        if engine.live:
+            return JSONResponse({"status": "alive"})
+        return JSONResponse({"status": "stuck", "reason": engine.failure}, 503)
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        if app.state.door.closing:
+            return JSONResponse({"status": "stopping", "reason": None}, 503)
         if engine.ready:
             return JSONResponse({"status": "ready"})
-        starting: asyncio.Task[None] = app.state.starting
-        failed = starting.exception() if starting.done() and not starting.cancelled() else None
-        state = "failed" if failed else "stopped" if starting.done() else "loading"
-        return JSONResponse({"status": state, "reason": str(failed) if failed else engine.failure}, 503)
+        failed = app.state.failure
+        return JSONResponse({"status": _state(app, engine), "reason": str(failed) if failed else engine.failure}, 503)
+
+
+def _state(app: FastAPI, engine: Served) -> str:
+    """Of an engine that is not ready."""
+    if app.state.failure is not None:
+        return "failed"
+    if not app.state.starting.done():
+        return "loading"
+    return "restarting" if engine.live else "stopped"

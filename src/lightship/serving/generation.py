@@ -6,20 +6,20 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from lightship.engine import Event, GenerationParams
 from lightship.errors import EngineDied
 from lightship.serving.model import ServedModel
+from lightship.serving.supervisor import once_more
 from lightship.serving.text import TextStream
 from lightship.serving.tokens import Shown, Token
 from lightship.serving.tools.parser import Arguments, Parser, Start, Text
 from lightship.serving.tools.schema import Calling
 
 JSON = dict[str, Any]
-Result = TypeVar("Result")
 RECOVERY = 60.0  # seconds that a request waits for an engine that is started again
 
 
@@ -102,7 +102,7 @@ class Generation:
             async with contextlib.aclosing(self._attempt()) as pieces:
                 return _joined([piece async for piece in pieces], len(self.prompts) * self.n)
 
-        return await once_more(self.engine, everything)
+        return await once_more(everything, lambda: False, self.engine, RECOVERY)
 
     async def _attempt(self) -> AsyncGenerator[Piece, None]:
         self.produced = 0
@@ -154,15 +154,6 @@ class Generation:
         """Token counts of the whole request; a prompt counts once however many choices it has."""
         prompt = sum(map(len, self.prompts))
         return {"prompt_tokens": prompt, "completion_tokens": self.produced, "total_tokens": prompt + self.produced}
-
-
-async def once_more(engine: Generates, work: Callable[[], Awaitable[Result]]) -> Result:
-    """The result of `work`; when the engine dies, of doing it again with the next one."""
-    try:
-        return await work()
-    except EngineDied:
-        await engine.recovered(RECOVERY)
-    return await work()
 
 
 async def _called(pieces: AsyncGenerator[Piece, None], parser: Parser, named: bool) -> AsyncGenerator[Piece, None]:

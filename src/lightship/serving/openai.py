@@ -17,6 +17,7 @@ from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
 from lightship.serving.connection import Stream, pulsing, unless_gone
 from lightship.serving.generation import Generates, Generation, Piece
+from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
@@ -32,25 +33,36 @@ def add_routes(
     engine: Generates,
     model: ServedModel,
     batching: Callable[[], str | None] = lambda: None,
+    grammars: Grammars | None = None,
     keep_alive: float = KEEP_ALIVE,
 ) -> None:
-    """The routes of a model that generates. `batching` tells what the engine says of itself once it is loaded."""
+    """The routes of a model that generates. `batching` tells what the engine says of itself once it is loaded;
+    `grammars` checks what an answer is to be held to, and without it none can be."""
     add_models(app, model, batching)
 
     def check(body: Sampling) -> None:
         check_name(model, body.model)
         body.refuse_unsupported()
 
+    async def compiled(grammar: Grammar | None, param: str, request: Request) -> None:
+        if grammar is not None and grammars is None:
+            raise RequestError(f"{param} is not supported here", param, "unsupported_parameter")
+        if grammar is not None and grammars is not None:
+            await unless_gone(request, grammars.check(grammar, param))
+
     # Tokenizing takes seconds for megabytes; in a thread it does not hold the other streams up.
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check(body)
-        if (grammar := body.grammar()) is not None:
-            raise RequestError("response_format is not supported yet", "response_format", "unsupported_parameter")
-        calling = body.calling()
+        grammar, calling = await asyncio.to_thread(body.grammar), body.calling()
+        await compiled(grammar, "response_format", request)
         tokens = await asyncio.to_thread(model.chat_tokens, body.conversation(), calling.tools if calling else None)
         if calling is not None and model.tools is not None and (calling.forced or calling.strict):
+            if grammar is not None:
+                raise RequestError("response_format cannot be combined with tools that must be called or are strict",
+                                   "response_format", "unsupported_parameter")  # fmt: skip
             grammar = Grammar("tags", model.tools.grammar(calling.callable, calling.forced, calling.parallel))
+            await compiled(grammar, "tools", request)
         params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
         generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops(), calling)
         shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lightship.engine import GenerationParams, Grammar
 from lightship.errors import RequestError
+from lightship.serving.json_schema import any_object, to_grammar
 from lightship.serving.tools.schema import AssistantToolCalls, Calling, ToolCallId, ToolChoice, Tools, calling
 
 
@@ -150,8 +150,8 @@ class ResponseFormat(_Body):
         if self.type == "text":
             return None
         if self.json_schema is None or self.json_schema.schema_ is None:
-            return Grammar("json_object")
-        return Grammar("json_schema", json.dumps(self.json_schema.schema_, ensure_ascii=False))
+            return Grammar("ebnf", any_object())
+        return Grammar("ebnf", to_grammar(self.json_schema.schema_, "response_format"))
 
 
 Metadata = Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import signal
 import socket
 import threading
 import time
@@ -16,17 +15,19 @@ from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.kind import Kind
-from lightship.serving.worker import Worker
+from lightship.serving.supervisor import Supervisor
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from lightship.serving.app import Served
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, before any model is loaded. Port 0 takes a free one. Raises `UsageError` when it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, asyncio sends small answers at once
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
@@ -39,35 +40,45 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, worker: Worker, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
+def _server(bundle: Bundle, engine: Supervisor, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
     """The engine loads in its process while this one imports the web framework."""
     folder = bundle.target_folder(bundle.targets[0])
-    worker.load(folder)
-    import uvicorn
-
+    engine.load(folder)
     from lightship.serving import openai
     from lightship.serving.app import create_app
+    from lightship.serving.grammar import Grammars
     from lightship.serving.model import ServedModel
 
     model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
-    app = create_app(worker, lambda app: openai.add_routes(app, worker, model, lambda: worker.stats.get("batching")))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    return uvicorn.Server(config), app
+    grammars = Grammars(bundle.targets[0], folder)
+
+    def add_routes(app: FastAPI) -> None:
+        openai.add_routes(app, engine, model, lambda: engine.stats.get("batching"), grammars)
+
+    app = create_app(engine, add_routes, [grammars])
+    return _listening(app, engine), app
 
 
 def _encoder_server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
     """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
-    import uvicorn
-
     from lightship.serving.app import create_app
-    from lightship.serving.encoder import Runner, ServedEncoder, add_routes
+    from lightship.serving.batcher import Batcher
+    from lightship.serving.encoder import ServedEncoder, add_routes
 
     target = bundle.targets[0]
-    runner = Runner(target, bundle.target_folder(target), settings)
-    model = ServedEncoder(bundle.name, bundle.digest, runner.encoder)
-    app = create_app(runner, lambda app: add_routes(app, runner, model))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    return uvicorn.Server(config), app
+    batcher = Batcher(target, bundle.target_folder(target), settings)
+    model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder)
+    app = create_app(batcher, lambda app: add_routes(app, batcher, model))
+    return _listening(app, batcher), app
+
+
+def _listening(app: FastAPI, engine: Served) -> uvicorn.Server:
+    import uvicorn
+
+    from lightship.serving.draining import DrainingServer
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
+    return DrainingServer(config, app.state.door, engine.close)
 
 
 def url_of(bound: socket.socket) -> str:
@@ -83,7 +94,7 @@ def serve(
     settings: EngineSettings | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish.
+    """Serve until SIGINT or SIGTERM; what runs then has 30 s to finish, a second signal ends it at once.
 
     Raises `EngineError` when the model cannot be loaded.
     """
@@ -92,23 +103,22 @@ def serve(
         settings = settings or EngineSettings()
         _refuse_unserved(Bundle.stated_kind(path))
         if Bundle.stated_kind(path) == "decoder":
-            worker = Worker(Bundle.stated_target(path), settings)
-            worker.spawn()  # imports its runtime while the bundle is verified
+            engine = Supervisor(Bundle.stated_target(path), settings)
+            engine.spawn()  # imports its runtime while the bundle is verified
             try:
                 opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             except BaseException:
-                worker.kill()
+                engine.kill()
                 raise
             progress(f"{opened.name} is intact; loading")
-            server, app = _server(opened, worker, settings)
+            server, app = _server(opened, engine, settings)
         else:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
             progress(f"{opened.name} is intact; loading")
             server, app = _encoder_server(opened, settings)
         watching = threading.Thread(target=_watch, args=(server, app, url_of(bound), progress), daemon=True)
         watching.start()
-        with _signals_end_quietly():
-            server.run(sockets=[bound])
+        server.run(sockets=[bound])
         watching.join(1)
         if app.state.failure is not None:
             raise app.state.failure
@@ -135,18 +145,6 @@ def _watch(server: uvicorn.Server, app: FastAPI, url: str, progress: Callable[[s
 
 
 @contextlib.contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it again when it is done; here that is the ordinary end, exit code 0."""
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-@contextlib.contextmanager
 def running(
     bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 0, settings: EngineSettings | None = None
 ) -> Iterator[str]:
@@ -156,7 +154,7 @@ def running(
     with bind(host, port) as bound:
         settings = settings or EngineSettings()
         if opened.kind == "decoder":
-            server, _ = _server(opened, Worker(opened.targets[0], settings), settings)
+            server, _ = _server(opened, Supervisor(opened.targets[0], settings), settings)
         else:
             server, _ = _encoder_server(opened, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

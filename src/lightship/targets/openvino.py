@@ -501,6 +501,12 @@ def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine
     return OpenVINOEngine(folder, settings or EngineSettings())
 
 
+def open_compiler(folder: Path) -> _openvino_grammar.Compiler:
+    """What compiles grammars as the engine of `folder` does, without its weights."""
+    vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return _openvino_grammar.Compiler(folder, vocabulary)
+
+
 def _check_graph(folder: Path) -> None:
     if not (folder / GRAPH).is_file():
         raise SourceError(f"{folder} holds no {GRAPH}", hint="give a bundle's runtime folder")
