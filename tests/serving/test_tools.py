@@ -420,8 +420,8 @@ def saying(folder, text, source, **fake):
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def ask(client, messages=CHAT[:1], **options):
-    return client.chat.completions.create(model="org/fake", messages=messages, **options)
+def ask(client, messages=CHAT[:1], model="org/fake", **options):
+    return client.chat.completions.create(model=model, messages=messages, **options)
 
 
 def joined(stream):
@@ -493,20 +493,6 @@ def test_calls_alone_have_no_content_and_a_cut_call_is_text(tmp_path):
             assert found == ({"content": H_NOW[:20], "tool_calls": []}, "length")
 
 
-def test_a_named_function_ends_with_stop_as_openais_does(tmp_path):
-    """What is forced is streamed as it is written, one piece a token, and at the limit of tokens cut there."""
-    named = {"type": "function", "function": {"name": "clock"}}
-    with saying(tmp_path, H_NOW.replace("{}", '{"zone": "CET"}'), HERMES) as client:
-        for choice, end in ((named, "stop"), ("required", "tool_calls")):
-            expected = ({"content": None, "tool_calls": [{"name": "clock", "arguments": '{"zone": "CET"}'}]}, end)
-            assert plain(ask(client, tools=[CLOCK], tool_choice=choice).choices[0]) == expected
-            chunks = list(ask(client, tools=[CLOCK], tool_choice=choice, stream=True))
-            assert joined(chunks) == expected and len(chunks) > 10
-        cut = ask(client, tools=[CLOCK], tool_choice=named, max_tokens=H_NOW.index("{}") + 9)
-        message, finish = plain(cut.choices[0])
-        assert message["tool_calls"] == [{"name": "clock", "arguments": '{"zone": '}] and finish == "length"
-
-
 def test_a_call_that_begins_with_a_special_token(tmp_path):
     """`[TOOL_CALLS]` is special in the tokenizers of Mistral's models, which hides it from the text."""
     with saying(tmp_path, f"[TOOL_CALLS] [{M_ZURICH}]<|user|>", MISTRAL) as client:
@@ -519,6 +505,27 @@ def test_a_call_that_begins_with_a_special_token(tmp_path):
         assert ask(client).choices[0].message.content == f" [{M_ZURICH}]"
         scored = ask(client, tools=[WEATHER], logprobs=True).choices[0].logprobs.content
         assert "".join(each.token for each in scored[:4]) == "[TOOL_CALLS] [{"
+
+
+NESTED = {"type": "object", "properties": {"a": {"enum": [{"unit": "°F"}]}}, "required": ["a"]}
+REFUSED = [  # of a forced call, by what would compile or hold its grammar
+    {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]},
+    NESTED,
+]
+
+
+@pytest.mark.parametrize("schema", REFUSED, ids=str)
+def test_a_schema_that_cannot_be_held_is_refused_beside_one_that_can(caller, schema):
+    def force(parameters):
+        tool = {"type": "function", "function": {"name": "zone", "parameters": parameters}}
+        return ask(caller, tools=[tool], tool_choice="required", max_tokens=5, model="caller")
+
+    with pytest.raises(openai.BadRequestError) as found:
+        force(schema)
+    assert (found.value.param, found.value.code) == ("tools", "invalid_schema")
+    assert "costly" not in found.value.message
+    assert force(ZONE).choices[0].finish_reason == "length"
 
 
 BAD = [
@@ -535,6 +542,7 @@ BAD = [
     ({"messages": [{"role": "tool", "content": "5"}]}, "messages.0.tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages.0.tool_call_id"),
     ({"messages": [{**CHAT[1], "role": "user"}]}, None),
+    ({"tools": [CLOCK], "tool_choice": "required"}, "tools"),  # this engine holds an answer to no grammar
 ]
 
 
@@ -629,6 +637,21 @@ def test_a_forced_call_parses_and_keeps_its_schema(bundle_path, family):
 def caller(hermes_path):
     with running(hermes_path) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_forced_call_is_streamed_as_it_is_written_and_cut_at_the_limit(caller):
+    """As OpenAI's is; and a call that was named ends with `stop`."""
+    options = {"model": "caller", "messages": CHAT[:1], "tools": FUNCTIONS, "seed": 1,
+               "tool_choice": {"type": "function", "function": {"name": "zone"}}}  # fmt: skip
+    whole = caller.chat.completions.create(**options, max_tokens=900)
+    message, finish = plain(whole.choices[0])
+    assert finish == "stop"
+    chunks = list(caller.chat.completions.create(**options, max_tokens=900, stream=True))
+    pieces = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+    assert len(pieces) > 4 and joined(chunks) == (message, finish)
+    cut, end = plain(caller.chat.completions.create(**options, max_tokens=whole.usage.completion_tokens - 4).choices[0])
+    arguments, written = message["tool_calls"][0]["arguments"], cut["tool_calls"][0]["arguments"]
+    assert end == "length" and written != arguments and arguments.startswith(written)
 
 
 @pytest.mark.parametrize("choice", ["required", "zone", "now"])
