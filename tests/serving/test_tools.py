@@ -1,15 +1,17 @@
 """Tool calls: the family of a template, its parser, its grammar, and chats with tools."""
 
+import asyncio
 import contextlib
 import json
 import re
+from typing import Literal
 
 import jsonschema
 import openai
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings, GenerationParams, Grammar
@@ -677,3 +679,25 @@ def test_a_strict_tool_holds_the_calls_of_a_free_answer(caller):
         message, finish = plain(caller.chat.completions.create(**options).choices[0])
         assert joined(caller.chat.completions.create(**options, stream=True)) == (message, finish)
         assert message["content"] or message["tool_calls"]
+
+
+class Zone(BaseModel):
+    zone: Literal["CET", "UTC"]
+
+
+def test_the_clients_own_helpers_read_the_calls(caller):
+    """openai-python joins the chunks, checks the arguments against the model and makes one of them."""
+    options = {"model": "caller", "messages": CHAT[:1], "tools": [openai.pydantic_function_tool(Zone, name="zone")],
+               "tool_choice": "required", "parallel_tool_calls": False, "seed": 1, "max_tokens": 900}  # fmt: skip
+    with caller.chat.completions.stream(**options) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    whole = caller.chat.completions.parse(**options).choices[0]
+    for choice in (streamed, whole):
+        (call,) = choice.message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Zone) and choice.finish_reason == "tool_calls"
+
+    async def ask_later():
+        async with openai.AsyncOpenAI(base_url=caller.base_url, api_key="none", max_retries=0) as client:
+            return (await client.chat.completions.create(**options)).choices[0]
+
+    assert plain(asyncio.run(ask_later())) == plain(whole) == plain(streamed)
