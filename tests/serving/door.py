@@ -23,10 +23,10 @@ from lightship.serving.worker import Worker
 from tests.serving.test_protocol import byte_tokenizer
 
 
-def model_folder(folder):
+def model_folder(folder, context=4_000_000):
     """Bytes for tokens, and no end: an answer is as long as it may be."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "max_position_embeddings": 4_000_000}))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "max_position_embeddings": context}))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder

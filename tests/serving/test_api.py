@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from lightship.errors import UsageError
-from lightship.pipeline import ship
-from lightship.recipe import Precision, Recipe
 from lightship.serving.server import bind, running, wait_ready
 from lightship.serving.tokens import TokenBytes
 from lightship.tokenizer import load_tokenizer
@@ -23,14 +22,6 @@ MESSAGES = [{"role": "user", "content": "Hello there"}]
 def url(bundle_path):
     with running(bundle_path) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def onnx_path(llama, tmp_path_factory):
-    """The tiny llama for ONNX Runtime, one request at a time."""
-    out = tmp_path_factory.mktemp("onnx") / "tiny"
-    ship(Recipe(source=str(llama.folder), target="onnx", precision=Precision(name="fp32")), out)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +172,7 @@ BAD = [
     ("/v1/completions", {"prompt": [99999], "max_tokens": 1}, 400),
     ("/v1/completions", {"prompt": [-1], "max_tokens": 1}, 400),
     ("/v1/completions", {"prompt": [5] * 2048, "max_tokens": 1}, 400),
-    ("/v1/completions", {"prompt": "x", "logprobs": 3, "echo": True}, 400),
+    ("/v1/completions", {"prompt": "x", "logprobs": 6, "echo": True}, 400),
     ("/predict", {"input": 5}, 400),
     ("/predict", {"text": "x"}, 400),
     ("/nothing", {}, 404),
@@ -223,13 +214,16 @@ def test_a_port_in_use_is_said_before_loading():
             bind("127.0.0.1", taken.getsockname()[1])
 
 
-def worker_pids():
-    """Engine processes below this one."""
+def children(module):
+    """Processes below this one that run `module`."""
     from lightship.evaluation.memory import tree
 
-    return [
-        pid for pid in tree(os.getpid()) if b"lightship.serving.worker" in open(f"/proc/{pid}/cmdline", "rb").read()
-    ]
+    return [pid for pid in tree(os.getpid()) if module in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def worker_pids():
+    """Engine processes below this one."""
+    return children(b"lightship.serving.worker")
 
 
 def test_the_api_outlives_its_engine(bundle_path):

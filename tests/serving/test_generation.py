@@ -2,15 +2,26 @@
 in this process."""
 
 import asyncio
+import json
+import os
+import signal
+import threading
+import time
 from dataclasses import dataclass, field
 
+import httpx
 import pytest
+import uvicorn
 
-from lightship.engine import Event, GenerationParams
+from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
+from lightship.serving import openai
+from lightship.serving.app import create_app
 from lightship.serving.connection import pulsing
 from lightship.serving.generation import Generation, choice_seed
 from lightship.serving.model import ServedModel
+from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.supervisor import Supervisor
 from tests.serving.test_protocol import byte_tokenizer
 
 
@@ -158,3 +169,31 @@ def test_nothing_is_said_while_nothing_comes_and_leaving_then_ends_the_source():
 
     found = asyncio.run(run())
     assert found[0] == 1 and found[-2:] == [2, None] and 2 <= found.count(None) <= 4 and ended == [True]
+
+
+def test_over_http_a_lost_engine_costs_time_and_no_answer(tmp_path):
+    """The engine is killed under an answer that was not begun to be sent: the client sees it whole."""
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256, "max_position_embeddings": 2048}))
+    (tmp_path / "fake.json").write_text(json.dumps({"slow": 0.02}))
+    supervisor = Supervisor("fake", EngineSettings())
+    supervisor.load(tmp_path)
+    model = ServedModel.load("fake", "0" * 64, tmp_path)
+    app = create_app(supervisor, lambda app: openai.add_routes(app, supervisor, model, keep_alive=0.1))
+    with bind("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        url = url_of(bound)
+        wait_ready(url, 30, thread.is_alive)
+        pids = [supervisor.pid]
+        killer = threading.Thread(target=lambda: (time.sleep(0.3), os.kill(pids[0], signal.SIGKILL)))
+        killer.start()
+        body = {"prompt": "a", "max_tokens": 40, "n": 2}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        killer.join()
+        assert answer.status_code == 200, answer.text
+        assert [len(choice["text"]) for choice in answer.json()["choices"]] == [40, 40]
+        assert answer.json()["usage"]["completion_tokens"] == 80 and supervisor.pid != pids[0]
+        server.should_exit = True
+        thread.join(10)

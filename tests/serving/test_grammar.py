@@ -25,6 +25,19 @@ from lightship.tokenizer import load_tokenizer
 BOOLEAN = {"type": "boolean"}
 WORDS = ["cat", "category", "cater", "dog", "do", "dot", "a", "ab", "abc", "b", "ba", "bac"]  # begin alike
 
+LATIN = [
+    "größe",
+    "°F",
+    "ßa",
+    "é1",
+    "ñandú",
+    "aé",
+    "éÀb",
+    "漢a",
+    "Ā0",
+    "🚢f",
+]  # a digit or letter a … f behind U+0080 and up
+
 
 def closed(optional=(), **properties):
     return {"type": "object", "properties": properties, "additionalProperties": False,
@@ -66,6 +79,8 @@ ENFORCED = [
     {"type": "string", "enum": ["a", 1, "b"]}, {"const": {"a": '"x"'}}, {"anyOf": [{"const": word} for word in WORDS]},
     {"oneOf": [closed(kind={"const": "cat"}, x=BOOLEAN), closed(kind={"const": "category"}, y=BOOLEAN)]},
     {"anyOf": [closed(a=BOOLEAN), closed(a=integer(), b=BOOLEAN), closed(ab=BOOLEAN)]}, {"oneOf": [BOOLEAN, integer()]},
+    {"enum": LATIN}, closed(LATIN, **{word: BOOLEAN for word in LATIN}), {"const": {"größe": ["°F"]}},
+    pattern("^[°éA-F0-9]{3}$"), pattern("^(größe|°Fa|漢e)$"), pattern("^[^°-ÿ]{2}$"),
     {"$defs": {"node": NODE}, "$ref": "#/$defs/node"}, {"allOf": [BOOLEAN]},
 ]  # fmt: skip
 

@@ -357,6 +357,15 @@ def test_brackets_and_words_in_texts_are_just_text(url):
         assert answer.status_code == 200, text
 
 
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have(word):
+    """Python's parser takes them, and a field of any kind would."""
+    for text in (word, f'{{"a": [1, {word}]}}', f'{{"{word}": {word}}}', f'"\\\\" {word}'):
+        assert complaint(text.encode()) is not None, text
+    for text in (f'"{word}"', f'{{"a\\"{word}": "{word}\\\\"}}', f'"x{word}\\"{word}"'):
+        assert complaint(text.encode()) is None, text
+
+
 def slow_depth(text):
     """How deep a parser gets, character by character."""
     depth = deepest = 0

@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 JSON = dict[str, Any]
@@ -39,6 +41,7 @@ class Child:
         self._writer: asyncio.StreamWriter | None = None
         self._turn = asyncio.Lock()
         self._used = 0
+        self.memory = 0  # bytes that it had in use when it was ready
 
     @property
     def pid(self) -> int | None:
@@ -70,7 +73,7 @@ class Child:
             )  # fmt: skip
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_LIMIT)
         self._used = 0
-        await self._exchange(None, LOADING)
+        self.memory = (await self._exchange(None, LOADING))["memory"]
 
     async def _exchange(self, question: JSON | None, timeout: float | None) -> JSON:
         assert self._reader is not None and self._writer is not None
@@ -110,6 +113,7 @@ def answer(descriptor: int, load: Callable[[], Callable[[JSON], JSON]]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
     reply = load()
     with socket.socket(fileno=descriptor) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.sendall(b"{}\n")
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        connection.sendall(json.dumps({"memory": pages * resource.getpagesize()}).encode() + b"\n")
         for line in connection.makefile("rb"):
             connection.sendall(json.dumps(reply(json.loads(line))).encode() + b"\n")

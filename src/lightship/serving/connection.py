@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lightship.errors import EngineError
+from lightship.errors import ClientLeft
 
 Result = TypeVar("Result")
 
@@ -29,7 +29,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise EngineError("the client closed the connection")
+            raise ClientLeft("the client closed the connection")
         return working.result()
     finally:
         for task in (working, gone):

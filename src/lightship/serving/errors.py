@@ -228,7 +228,7 @@ def _name_stream(operation: JSON, schemas: JSON) -> None:
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
     named = schemas.get(body.get("$ref", "").rpartition("/")[2], {})
     if "stream" in named.get("properties", {}):
-        operation["responses"]["200"].setdefault("content", {})["text/event-stream"] = {"schema": {"type": "string"}}
+        operation["responses"]["200"].setdefault("content", {})["text/event-stream"] = {}
 
 
 def _ref(name: str) -> JSON:

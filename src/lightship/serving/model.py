@@ -88,6 +88,13 @@ class ServedModel:
             return self._encode(prompt, special=True)
         return list(prompt)
 
+    def added_tokens(self, prompt: str | Sequence[int]) -> list[bool]:
+        """Which tokens of a completion's prompt the tokenizer added by itself, such as one that begins every text."""
+        if isinstance(prompt, str):
+            mask = self.tokenizer.encode(prompt, add_special_tokens=True).special_tokens_mask
+            return [bool(mark) for mark in mask]
+        return [False] * len(prompt)
+
     def question_tokens(self, question: str) -> list[int]:
         """The prompt for one question: as a chat where the model has a template, plain where it has none."""
         return (

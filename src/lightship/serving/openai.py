@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,7 @@ from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
+from lightship.serving.scoring import Scoring, echoed
 from lightship.serving.shapes import Chat, Completion
 
 log = logging.getLogger("lightship.serving")
@@ -34,10 +36,11 @@ def add_routes(
     model: ServedModel,
     batching: Callable[[], str | None] = lambda: None,
     grammars: Grammars | None = None,
+    scoring: Scoring | None = None,
     keep_alive: float = KEEP_ALIVE,
 ) -> None:
     """The routes of a model that generates. `batching` tells what the engine says of itself once it is loaded;
-    `grammars` checks what an answer is to be held to, and without it none can be."""
+    `grammars` checks what an answer is to be held to, `scoring` scores what is echoed: without them that is refused."""
     add_models(app, model, batching)
 
     def check(body: Sampling) -> None:
@@ -72,12 +75,12 @@ def add_routes(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check(body)
-        if body.echo:
-            raise RequestError("echo is not supported yet", "echo", "unsupported_parameter")
         prompts = [await asyncio.to_thread(model.prompt_tokens, prompt) for prompt in body.prompts()]
         params = [body.params(model.room(tokens, body.limit(), "prompt")) for tokens in prompts]
         generation = Generation(engine, model, prompts, params, body.choices(), body.stops())
         shape = Completion("cmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs())
+        if body.echo:
+            return await _echo(generation, body, shape, request, scoring)
         return await _reply(generation, body, shape, request, keep_alive)
 
     @app.post("/v1/embeddings")
@@ -106,6 +109,29 @@ async def _reply(
     first = await unless_gone(request, anext(source))
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Stream(_stream(generation, first, source, shape, usage))
+
+
+async def _echo(
+    generation: Generation, body: CompletionRequest, shape: Completion, request: Request, scoring: Scoring | None
+) -> Response:
+    """The prompt before the answer. It is computed whole also where it is streamed."""
+    if body.logprobs is not None and scoring is None:
+        raise RequestError(
+            "scoring a prompt (echo with logprobs) is switched off here", "echo", "unsupported_parameter"
+        )
+    wanted = scoring if body.logprobs is not None else None
+    generation.params = [replace(params, logprobs=True) for params in generation.params]  # for the tokens
+    hidden = [await asyncio.to_thread(generation.model.added_tokens, prompt) for prompt in body.prompts()]
+    pieces = await unless_gone(request, echoed(generation, hidden, wanted, body.logprobs or 0))
+    if not body.stream:
+        return JSONResponse(shape.whole(pieces, generation.usage()))
+
+    async def source() -> AsyncGenerator[Piece | None, None]:
+        for piece in pieces[1:]:
+            yield piece
+
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return Stream(_stream(generation, pieces[0], source(), shape, usage))
 
 
 async def _stream(

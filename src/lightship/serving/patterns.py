@@ -16,6 +16,7 @@ CLASSES = {"d": "0-9", "w": "a-zA-Z0-9_"}
 SPANS = {"d": (("0", "9"),), "w": (("a", "z"), ("A", "Z"), ("0", "9"), ("_", "_"))}
 UNSAFE = ('"', "\\", *map(chr, range(32)))  # would have to be escaped in JSON
 SPECIAL = set("\\^$.|?*+()[]{}")
+MISREAD = re.compile(r"[\u0080-\u00ff](?=[0-9A-Fa-f])")
 Spans = Sequence[tuple[str, str]]  # ranges of characters, both ends included
 
 
@@ -24,8 +25,10 @@ class Untranslatable(ValueError):
 
 
 def literal(text: str) -> str:
-    """`text` as a literal of the grammar."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """`text` as a literal of the grammar; in two where xgrammar would misread one: it writes U+00DF as `\\xdf`, and
+    takes a hexadecimal digit behind it for a part of the number."""
+    parts = MISREAD.sub(r'\g<0>" "', text.replace("\\", "\\\\").replace('"', '\\"'))
+    return f'"{parts}"'
 
 
 def translate(pattern: object) -> str:
@@ -168,11 +171,11 @@ class _Reader:
     def _class(self) -> _Part:
         negated = self._peek() == "^"
         self.at += negated
-        text, spans = "", list[tuple[str, str]]()
+        parts, spans = list[str](), list[tuple[str, str]]()
         while (letter := self._next()) != "]":
             if letter == "\\" and self._peek() in CLASSES:
                 name = self._next()
-                text += CLASSES[name]
+                parts.append(CLASSES[name])
                 spans += SPANS[name]
                 continue
             first = last = _escaped(self._next()) if letter == "\\" else letter
@@ -182,10 +185,11 @@ class _Reader:
                 last = _escaped(self._next()) if letter == "\\" else letter
             if first > last or (not negated and any(first <= unsafe <= last for unsafe in UNSAFE)):
                 raise Untranslatable("pattern has a range that is empty or holds characters which JSON escapes")
-            text += _in_class(first) if first == last else f"{_in_class(first)}-{_in_class(last)}"
+            parts.append(_in_class(first) if first == last else f"{_in_class(first)}-{_in_class(last)}")
             spans.append((first, last))
-        if not text:
-            raise Untranslatable("pattern has an empty class")
+        text = "".join(sorted(parts, key=lambda part: "\x80" <= part[-1] <= "\xff"))  # what is misread stands last
+        if not text or MISREAD.search(text):
+            raise Untranslatable("pattern has an empty class, or one that the engine would misread")
         if not negated:
             return self._letter(f"[{text}]", spans)
         return self._letter(f'[^{text}"\\\\\\x00-\\x1f]', _others([*spans, *((each, each) for each in UNSAFE)]))

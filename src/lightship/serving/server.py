@@ -48,14 +48,15 @@ def _server(bundle: Bundle, engine: Supervisor, settings: EngineSettings) -> tup
     from lightship.serving.app import create_app
     from lightship.serving.grammar import Grammars
     from lightship.serving.model import ServedModel
+    from lightship.serving.scoring import Scoring
 
     model = ServedModel.load(bundle.name, bundle.digest, folder, settings)
-    grammars = Grammars(bundle.targets[0], folder)
+    grammars, scoring = Grammars(bundle.targets[0], folder), Scoring(bundle.targets[0], folder, settings)
 
     def add_routes(app: FastAPI) -> None:
-        openai.add_routes(app, engine, model, lambda: engine.stats.get("batching"), grammars)
+        openai.add_routes(app, engine, model, lambda: engine.stats.get("batching"), grammars, scoring)
 
-    app = create_app(engine, add_routes, [grammars])
+    app = create_app(engine, add_routes, [grammars, scoring])
     return _listening(app, engine), app
 
 
