@@ -195,6 +195,16 @@ def test_headers_beyond_the_limit(url, head):
         assert status_of(read_until(connection, b"}\n}")) == (431, "headers_too_large")
 
 
+def test_what_a_refused_client_still_sends_is_thrown_away(url):
+    """A reset instead could cost it the answer."""
+    with dial(url) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nX-Big: " + b"x" * 70_000)
+        assert status_of(read_until(connection, b"}\n}")) == (431, "headers_too_large")
+        for _ in range(5):
+            connection.sendall(b"x" * 10_000)
+            time.sleep(0.05)
+
+
 def test_headers_at_the_limit(url):
     with dial(url) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"X: x\r\n" * 99 + b"\r\n")
