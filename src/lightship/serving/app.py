@@ -4,15 +4,14 @@ routes of a kind of model are added by `openai` and `encoder`."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from lightship.serving import errors
-from lightship.serving.limits import BodyLimit
 
 
 class Served(Protocol):
@@ -24,8 +23,27 @@ class Served(Protocol):
         ...
 
     @property
+    def live(self) -> bool:
+        """Whether it works, loads or will be started again; False: only a new process helps."""
+        ...
+
+    @property
     def failure(self) -> str | None:
         """Why it died, when it could still say so."""
+        ...
+
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """See `Engine.stats`."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How often it was replaced."""
+        ...
+
+    def resident(self) -> int | None:
+        """Bytes of memory of its process; None where it has none of its own, or none now."""
         ...
 
     async def start(self) -> None:
@@ -37,8 +55,31 @@ class Served(Protocol):
         ...
 
 
-def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI:
-    """The API in front of `engine`. `app.state.failure` is set when it cannot be loaded."""
+class Closes(Protocol):
+    """What is closed after the engine: processes that the routes started."""
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+def create_app(
+    engine: Served,
+    add_routes: Callable[[FastAPI], None],
+    beside: Sequence[Closes] = (),
+    loaded: Callable[[], None] = lambda: None,
+    around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    stopping: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """The API in front of `engine`, and what runs `beside` it; nothing guards it yet, see `front`.
+
+    `loaded` is called once the engine is ready, `around` is open as long as the app runs, `stopping` tells that it will
+    soon end. `app.state.failure` is set when the engine cannot be loaded.
+    """
+
+    async def start() -> None:
+        await engine.start()
+        loaded()
 
     def failed(starting: asyncio.Task[None]) -> None:
         if not starting.cancelled():
@@ -46,19 +87,21 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(engine.start())
+        starting = asyncio.create_task(start())
         app.state.starting = starting
         starting.add_done_callback(failed)
-        try:
-            yield
-        finally:
-            starting.cancel()
-            await engine.close()
+        async with around():
+            try:
+                yield
+            finally:
+                starting.cancel()
+                await engine.close()
+                for each in beside:
+                    await each.close()
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.failure, app.state.ready = None, lambda: engine.ready
+    app.state.failure, app.state.ready, app.state.stopping = None, lambda: engine.ready, stopping
     errors.install(app)
-    app.add_middleware(BodyLimit)
     _health(app, engine)
     add_routes(app)
     return app
@@ -66,14 +109,25 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI
 
 def _health(app: FastAPI, engine: Served) -> None:
     @app.get("/livez")
-    async def livez() -> dict[str, Any]:
-        return {"status": "alive"}
+    async def livez() -> Response:
+        if engine.live:
+            return JSONResponse({"status": "alive"})
+        return JSONResponse({"status": "stuck", "reason": engine.failure}, 503)
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        if app.state.stopping():
+            return JSONResponse({"status": "stopping", "reason": None}, 503)
         if engine.ready:
             return JSONResponse({"status": "ready"})
-        starting: asyncio.Task[None] = app.state.starting
-        failed = starting.exception() if starting.done() and not starting.cancelled() else None
-        state = "failed" if failed else "stopped" if starting.done() else "loading"
-        return JSONResponse({"status": state, "reason": str(failed) if failed else engine.failure}, 503)
+        failed = app.state.failure
+        return JSONResponse({"status": _state(app, engine), "reason": str(failed) if failed else engine.failure}, 503)
+
+
+def _state(app: FastAPI, engine: Served) -> str:
+    """Of an engine that is not ready."""
+    if app.state.failure is not None:
+        return "failed"
+    if not app.state.starting.done():
+        return "loading"
+    return "restarting" if engine.live else "stopped"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,18 @@ from fastapi import FastAPI, Request
 from tokenizers import Encoding
 
 from lightship.encoder import NEVER, Encoder, Row, row_of
-from lightship.engine import EncoderEngine, EngineSettings
-from lightship.errors import EngineDied, RequestError
-from lightship.find import find
+from lightship.errors import RequestError
+from lightship.serving.admission import Admission
+from lightship.serving.batcher import Batcher
 from lightship.serving.connection import unless_gone
 from lightship.serving.models import add_models, check_name
-from lightship.serving.schema import AnswerRequest, ClassifyRequest, EmbeddingsRequest
+from lightship.serving.reception import enter
+from lightship.serving.schema import MANY, AnswerRequest, ClassifyRequest, EmbeddingsRequest
+from lightship.serving.ticket import Limits
 
 JSON = dict[str, Any]
 Floats = npt.NDArray[np.float32]
-BATCH = 32  # rows that are run together
+Run = Callable[[Request, Sequence[Row]], Awaitable[list[Floats]]]  # what each row means, in turn with other requests
 ANSWER = 30  # tokens of the longest answer, as in BERT's own evaluation
 PLACE = {"classifier": "/predict", "qa": "/predict", "embedder": "/v1/embeddings"}
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/predict")
@@ -47,58 +48,25 @@ class ServedEncoder:
         return self.encoder.context
 
 
-class Runner:
-    """The engine of an encoder in a thread of its own, which lets others work while it computes. Runs one batch after
-    the other, first come, first served; a request of many inputs is many batches, so it does not block the rest."""
-
-    failure: str | None = None  # an error is the request's own: the engine lives on
-
-    def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
-        self.encoder = Encoder.load(folder)
-        self._open: Callable[[], EncoderEngine] = lambda: find("targets", target).open_encoder(folder, settings)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-        self._engine: EncoderEngine | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether the model is loaded."""
-        return self._engine is not None
-
-    async def start(self) -> None:
-        """Load the model."""
-        self._engine = await asyncio.get_running_loop().run_in_executor(self._thread, self._open)
-
-    async def run(self, rows: Sequence[Row]) -> list[Floats]:
-        """What each row means (`Encoder.meaning`), padding left out; rows of like length are run together."""
-        loop = asyncio.get_running_loop()
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-        found: dict[int, Floats] = {}
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            found.update(zip(chosen, await loop.run_in_executor(
-                self._thread, self._batch, [rows[number] for number in chosen]), strict=True))  # fmt: skip
-        return [found[number] for number in range(len(rows))]
-
-    def _batch(self, rows: list[Row]) -> list[Floats]:
-        if self._engine is None:
-            raise EngineDied("the model is not loaded")
-        batch = self.encoder.pad_rows(rows)
-        meaning = self.encoder.meaning(self._engine.run(batch.ids, batch.mask, batch.types), batch.mask)
-        return [each[:, : len(row)] if self.encoder.kind == "qa" else each
-                for each, row in zip(meaning, rows, strict=True)]  # fmt: skip
-
-    async def close(self) -> None:
-        """Release the model, once its batch is done."""
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+def capacity(context: int) -> Limits:
+    """What may be in the queue and the engine together: twice the largest request there is."""
+    blocks = 2 * MANY * math.ceil(context / Limits.block_tokens)
+    return Limits(blocks=blocks, max_concurrent=2 * MANY)
 
 
-def add_routes(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
-    """The routes of an encoder."""
+def add_routes(app: FastAPI, batcher: Batcher, model: ServedEncoder, admission: Admission | None = None) -> None:
+    """The routes of an encoder. `admission` bounds what waits and runs."""
     add_models(app, model)
-    {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, runner, model)
+    gate = admission or Admission(capacity(model.context))
+
+    async def run(request: Request, rows: Sequence[Row]) -> list[Floats]:
+        async with await enter(gate, request, [len(row) for row in rows], [0] * len(rows)) as ticket, ticket.in_time():
+            found = await unless_gone(request, batcher.run(rows))
+            ticket.first_token()
+            ticket.finish = "stop"
+        return found
+
+    {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, run, model)
     _elsewhere(app, model)
 
 
@@ -131,12 +99,12 @@ async def _encoded(model: ServedEncoder, texts: Sequence[tuple[str, ...]]) -> li
 # ── Embeddings ──────────────────────────────────────────────────────────────
 
 
-def _embed(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+def _embed(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> JSON:
         check_name(model, body.model)
         rows = await _rows(model, body.inputs())
-        vectors = await unless_gone(request, runner.run(rows))
+        vectors = await run(request, rows)
         if body.dimensions not in (None, len(vectors[0])):
             raise RequestError(f"this model has {len(vectors[0])} dimensions and no others", "dimensions")
         data = [{"object": "embedding", "index": index, "embedding": _shown(vector, body.encoding_format)}
@@ -161,11 +129,11 @@ def _shown(vector: Floats, form: str) -> str | list[float]:
 # ── Labels ──────────────────────────────────────────────────────────────────
 
 
-def _classify(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+def _classify(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: ClassifyRequest, request: Request) -> JSON:
         rows = [row_of(encoding) for encoding in await _encoded(model, [(text,) for text in body.inputs()])]
-        found = [labels(model.encoder, meaning) for meaning in await unless_gone(request, runner.run(rows))]
+        found = [labels(model.encoder, meaning) for meaning in await run(request, rows)]
         output = found[0] if isinstance(body.input, str) else found
         return {"output": output, "model": model.name, "usage": _usage(rows)}
 
@@ -180,13 +148,13 @@ def labels(encoder: Encoder, meaning: Floats) -> list[JSON]:
 # ── Answers ─────────────────────────────────────────────────────────────────
 
 
-def _answer(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+def _answer(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: AnswerRequest, request: Request) -> JSON:
         asked = body.inputs()
         encodings = await _encoded(model, [(each.question, each.context) for each in asked])
         rows = [row_of(encoding) for encoding in encodings]
-        meanings = await unless_gone(request, runner.run(rows))
+        meanings = await run(request, rows)
         found = [best_span(encoding, meaning, each.context)
                  for encoding, meaning, each in zip(encodings, meanings, asked, strict=True)]  # fmt: skip
         output = found if isinstance(body.input, list) else found[0]

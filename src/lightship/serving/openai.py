@@ -6,52 +6,89 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from lightship.engine import GenerationParams
+from lightship.engine import GenerationParams, Grammar
 from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
-from lightship.serving.connection import Stream, unless_gone
-from lightship.serving.generation import Answer
+from lightship.serving.admission import Admission
+from lightship.serving.connection import Stream, pulsing, unless_gone
+from lightship.serving.generation import Generates, Generation, Piece
+from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
+from lightship.serving.reception import enter
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
-from lightship.serving.worker import Worker
+from lightship.serving.scoring import Scoring, echoed
+from lightship.serving.shapes import Chat, Completion
+from lightship.serving.ticket import Limits, Ticket
 
 log = logging.getLogger("lightship.serving")
 JSON = dict[str, Any]
+UNBOUNDED = 10**9
+KEEP_ALIVE = 15.0  # seconds without a piece after which a stream sends a comment, so that no proxy cuts it
 
 
-def add_routes(app: FastAPI, worker: Worker, model: ServedModel) -> None:
-    """The routes of a model that generates."""
-    add_models(app, model, lambda: worker.stats.get("batching"))
+def add_routes(
+    app: FastAPI,
+    engine: Generates,
+    model: ServedModel,
+    batching: Callable[[], str | None] = lambda: None,
+    grammars: Grammars | None = None,
+    scoring: Scoring | None = None,
+    admission: Admission | None = None,
+    keep_alive: float = KEEP_ALIVE,
+) -> None:
+    """The routes of a model that generates. `batching` tells what the engine says of itself once it is loaded;
+    `grammars` checks what an answer is to be held to, `scoring` scores what is echoed: without them that is refused.
+    `admission` bounds what runs."""
+    add_models(app, model, batching)
+    gate = admission or Admission(Limits(blocks=UNBOUNDED, max_concurrent=UNBOUNDED))
 
     def check(body: Sampling) -> None:
         check_name(model, body.model)
         body.refuse_unsupported()
 
-    def answer(body: Sampling, tokens: list[int], wanted: int | None, param: str) -> Answer:
-        return Answer(worker, model, tokens, body.params(model.room(tokens, wanted, param)), body.stops())
+    async def compiled(grammar: Grammar | None, param: str, request: Request) -> None:
+        if grammar is not None and grammars is None:
+            raise RequestError(f"{param} is not supported here", param, "unsupported_parameter")
+        if grammar is not None and grammars is not None:
+            await unless_gone(request, grammars.check(grammar, param))
 
     # Tokenizing takes seconds for megabytes; in a thread it does not hold the other streams up.
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check(body)
-        tokens = await asyncio.to_thread(model.chat_tokens, [message.plain() for message in body.messages])
-        shape = Chat("chatcmpl-" + secrets.token_hex(12), model.name)
-        return await _reply(answer(body, tokens, body.limit(), "messages"), body, shape, request)
+        grammar, calling = await asyncio.to_thread(body.grammar), body.calling()
+        await compiled(grammar, "response_format", request)
+        tokens = await asyncio.to_thread(model.chat_tokens, body.conversation(), calling.tools if calling else None)
+        if calling is not None and model.tools is not None and (calling.forced or calling.strict):
+            if grammar is not None:
+                raise RequestError("response_format cannot be combined with tools that must be called or are strict",
+                                   "response_format", "unsupported_parameter")  # fmt: skip
+            grammar = Grammar("tags", model.tools.grammar(calling.callable, calling.forced, calling.parallel))
+            await compiled(grammar, "tools", request)
+        params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
+        generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops(), calling)
+        shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs(),
+                     calling is not None)  # fmt: skip
+        return await _reply(generation, body, shape, request, gate, keep_alive)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check(body)
-        tokens = await asyncio.to_thread(model.prompt_tokens, body.single())
-        shape = Completion("cmpl-" + secrets.token_hex(12), model.name)
-        return await _reply(answer(body, tokens, body.limit(), "prompt"), body, shape, request)
+        prompts = [await asyncio.to_thread(model.prompt_tokens, prompt) for prompt in body.prompts()]
+        params = [body.params(model.room(tokens, body.limit(), "prompt")) for tokens in prompts]
+        generation = Generation(engine, model, prompts, params, body.choices(), body.stops())
+        shape = Completion("cmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs())
+        if body.echo:
+            return await _echo(generation, body, shape, request, scoring, gate)
+        return await _reply(generation, body, shape, request, gate, keep_alive)
 
     @app.post("/v1/embeddings")
     async def embeddings() -> None:
@@ -62,103 +99,113 @@ def add_routes(app: FastAPI, worker: Worker, model: ServedModel) -> None:
     async def predict(body: PredictRequest, request: Request) -> JSON:
         tokens = await asyncio.to_thread(model.question_tokens, body.input)
         limit = model.room(tokens, body.max_tokens, "input")
-        found = Answer(worker, model, tokens, GenerationParams(limit, body.temperature, seed=body.seed), [])
-        text = await _collect(found, request)
-        return {"output": text, "model": model.name, "finish_reason": found.finish, "usage": found.usage()}
+        params = GenerationParams(limit, body.temperature, seed=body.seed)
+        generation = Generation(engine, model, [tokens], [params])
+        async with await _ticket(generation, request, gate):
+            (piece,) = await unless_gone(request, generation.whole())
+        return {"output": piece.text, "model": model.name, "finish_reason": piece.finish, "usage": generation.usage()}
 
 
-@dataclass(frozen=True)
-class Chat:
-    """The JSON shapes of a chat completion."""
-
-    id: str
-    model: str
-
-    def whole(self, text: str, answer: Answer) -> JSON:
-        """The response in one piece."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
-        return {"id": self.id, "object": "chat.completion", "created": answer.started, "model": self.model,
-                "choices": [choice], "usage": answer.usage()}  # fmt: skip
-
-    def opening(self) -> JSON | None:
-        """The first delta."""
-        return {"role": "assistant", "content": ""}
-
-    def chunk(self, delta: JSON | str | None, finish: str | None, answer: Answer) -> JSON:
-        """One streamed chunk; `delta` None is the last of a choice."""
-        content = delta if isinstance(delta, dict) else {} if delta is None else {"content": delta}
-        choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": finish}
-        return {"id": self.id, "object": "chat.completion.chunk", "created": answer.started, "model": self.model,
-                "choices": [choice]}  # fmt: skip
+async def _ticket(generation: Generation, request: Request, gate: Admission) -> Ticket:
+    """What lets `generation` run, once there is room for it."""
+    prompts, outputs = map(len, generation.prompts), [params.max_tokens for params in generation.params]
+    generation.ticket = await enter(gate, request, list(prompts), outputs, generation.n)
+    return generation.ticket
 
 
-@dataclass(frozen=True)
-class Completion:
-    """The JSON shapes of a text completion."""
-
-    id: str
-    model: str
-
-    def whole(self, text: str, answer: Answer) -> JSON:
-        """The response in one piece."""
-        return {**self.chunk(text, answer.finish, answer), "usage": answer.usage()}
-
-    def opening(self) -> JSON | None:
-        """There is none."""
-        return None
-
-    def chunk(self, delta: JSON | str | None, finish: str | None, answer: Answer) -> JSON:
-        """One streamed chunk, which has the shape of the whole."""
-        choice = {"index": 0, "text": delta or "", "logprobs": None, "finish_reason": finish}
-        return {"id": self.id, "object": "text_completion", "created": answer.started, "model": self.model,
-                "choices": [choice]}  # fmt: skip
-
-
-async def _reply(answer: Answer, body: Sampling, shape: Chat | Completion, request: Request) -> Response:
+async def _reply(
+    generation: Generation,
+    body: Sampling,
+    shape: Chat | Completion,
+    request: Request,
+    gate: Admission,
+    keep_alive: float,
+) -> Response:
+    ticket = await _ticket(generation, request, gate)
     if not body.stream:
-        return JSONResponse(shape.whole(await _collect(answer, request), answer))
-    pieces = answer.pieces()
-    # Errors up to the first piece still get their own status.
-    first = await unless_gone(request, anext(pieces, ""))
+        async with ticket:
+            pieces = await unless_gone(request, generation.whole())
+        return JSONResponse(shape.whole(pieces, generation.usage()))
+    source = pulsing(generation.pieces(), keep_alive)
+    try:  # errors up to the first piece, or the first comment, still get their own status
+        first = await unless_gone(request, anext(source))
+    except BaseException as error:
+        ticket.close(error)
+        raise
     usage = body.stream_options is not None and body.stream_options.include_usage
-    stream = _stream(answer, first, pieces, shape, usage)
-    return Stream(stream)
+    return Stream(_stream(generation, first, source, shape, usage), ticket.close)
+
+
+async def _echo(
+    generation: Generation,
+    body: CompletionRequest,
+    shape: Completion,
+    request: Request,
+    scoring: Scoring | None,
+    gate: Admission,
+) -> Response:
+    """The prompt before the answer. It is computed whole also where it is streamed."""
+    if body.logprobs is not None and scoring is None:
+        raise RequestError(
+            "scoring a prompt (echo with logprobs) is switched off here", "echo", "unsupported_parameter"
+        )
+    wanted = scoring if body.logprobs is not None else None
+    generation.params = [replace(params, logprobs=True) for params in generation.params]  # for the tokens
+    hidden = [await asyncio.to_thread(generation.model.added_tokens, prompt) for prompt in body.prompts()]
+    async with await _ticket(generation, request, gate) as ticket:
+        pieces = await unless_gone(request, echoed(generation, hidden, wanted, body.logprobs or 0))
+        ticket.finish = ticket.finish or pieces[-1].finish
+    if not body.stream:
+        return JSONResponse(shape.whole(pieces, generation.usage()))
+
+    async def source() -> AsyncGenerator[Piece | None, None]:
+        for piece in pieces[1:]:
+            yield piece
+
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return Stream(_stream(generation, pieces[0], source(), shape, usage))
 
 
 async def _stream(
-    answer: Answer, first: str, pieces: AsyncGenerator[str, None], shape: Chat | Completion, usage: bool
+    generation: Generation,
+    first: Piece | None,
+    source: AsyncGenerator[Piece | None, None],
+    shape: Chat | Completion,
+    usage: bool,
 ) -> AsyncGenerator[str, None]:
-    def send(chunk: JSON) -> str:
-        if usage and "usage" not in chunk:
-            chunk = {**chunk, "usage": None}
-        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """Server-sent events; None is a moment in which nothing came."""
+    begun: set[int] = set()
+
+    def failed(error: Exception) -> None:
+        if generation.ticket is not None:
+            generation.ticket.close(error)
+
+    def sent(piece: Piece | None) -> str:
+        if piece is None:
+            return ": keep-alive\n\n"
+        if chunks := shape.chunks(piece, piece.index not in begun):
+            begun.add(piece.index)
+        return "".join(_event({**chunk, "usage": None} if usage else chunk) for chunk in chunks)
 
     try:
-        if (opening := shape.opening()) is not None:
-            yield send(shape.chunk(opening, None, answer))
-        if first:
-            yield send(shape.chunk(first, None, answer))
-        async for piece in pieces:
-            if piece:
-                yield send(shape.chunk(piece, None, answer))
-        yield send(shape.chunk(None, answer.finish, answer))
+        if event := sent(first):
+            yield event
+        async for piece in source:
+            if event := sent(piece):
+                yield event
         if usage:
-            yield send({**shape.chunk(None, None, answer), "choices": [], "usage": answer.usage()})
+            yield _event(shape.ending(generation.usage()))
     except LightshipError as error:
-        yield f"data: {json.dumps(errors.from_error(error)[1])}\n\n"
-    except Exception:
+        failed(error)
+        yield _event(errors.from_error(error)[1])
+    except Exception as error:
+        failed(error)
         log.exception("unexpected error in a stream")
-        yield f"data: {json.dumps(errors.envelope('internal error', 500))}\n\n"
+        yield _event(errors.envelope("internal error", 500))
     finally:
-        await pieces.aclose()
+        await source.aclose()
     yield "data: [DONE]\n\n"
 
 
-async def _collect(answer: Answer, request: Request) -> str:
-    """The whole text."""
-
-    async def everything() -> str:
-        return "".join([piece async for piece in answer.pieces()])
-
-    return await unless_gone(request, everything())
+def _event(data: JSON) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -22,7 +22,7 @@ from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
-from lightship.targets import _openvino_encoder, _openvino_seq2seq, _openvino_weights
+from lightship.targets import _openvino_encoder, _openvino_grammar, _openvino_seq2seq, _openvino_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._tracing import tracing
 
@@ -396,6 +396,8 @@ class OpenVINOEngine:
             if params.min_p > 0:
                 config.min_p = params.min_p
             config.rng_seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little")
+        if params.grammar is not None:
+            config.structured_output_config = _openvino_grammar.config(params.grammar)
         return config
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -497,6 +499,12 @@ def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine
         return Seq2SeqEngine(_open_pair(folder, settings or EngineSettings()), folder)
     _check_graph(folder)
     return OpenVINOEngine(folder, settings or EngineSettings())
+
+
+def open_compiler(folder: Path) -> _openvino_grammar.Compiler:
+    """What compiles grammars as the engine of `folder` does, without its weights."""
+    vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return _openvino_grammar.Compiler(folder, vocabulary)
 
 
 def _check_graph(folder: Path) -> None:
