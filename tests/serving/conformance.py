@@ -344,7 +344,7 @@ class Ship(BaseModel):
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"kind": {"enum": ["cog", "cog of war"]}, "masts": {"type": "integer", "minimum": 1, "maximum": 12},
-                   "name": {"type": "string", "maxLength": 6}},
+                   "name": {"type": "string", "pattern": "^[A-Z][a-z]{1,6}$"}},
     "required": ["kind", "masts", "name"],
     "additionalProperties": False,
 }  # fmt: skip

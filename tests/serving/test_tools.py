@@ -18,12 +18,14 @@ from lightship.engine import EngineSettings, GenerationParams, Grammar
 from lightship.errors import RequestError
 from lightship.pipeline import ship
 from lightship.recipe import Precision, Recipe
+from lightship.serving.json_schema import any_object, to_grammar
 from lightship.serving.model import ServedModel
 from lightship.serving.server import running
 from lightship.serving.text import TextStream
 from lightship.serving.tools import Tools, detect, recognise, record
 from lightship.serving.tools.parser import Arguments, Start, Text
 from lightship.serving.tools.schema import AssistantToolCall, Tool, ToolChoice, calling
+from lightship.serving.tools.tags import arguments_of
 from lightship.targets import openvino
 from lightship.template import ChatTemplate, load_template
 from lightship.tokenizer import load_tokenizer
@@ -509,25 +511,35 @@ def test_a_call_that_begins_with_a_special_token(tmp_path):
         assert "".join(each.token for each in scored[:4]) == "[TOOL_CALLS] [{"
 
 
-NESTED = {"type": "object", "properties": {"a": {"enum": [{"unit": "°F"}]}}, "required": ["a"]}
-REFUSED = [  # of a forced call, by what would compile or hold its grammar
-    {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]},
-    {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]},
-    NESTED,
+REFUSED = [  # of a forced call, by what would translate its schema
+    ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, False, "invalid_schema"),
+    ({"type": "object", "properties": {"a": {"enum": []}}}, False, "invalid_schema"),
+    ({"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 3}}}, True, "unsupported_schema"),
+    ({"anyOf": [{"type": "object"}, {"type": "string"}]}, True, "unsupported_schema"),
 ]
 
 
-@pytest.mark.parametrize("schema", REFUSED, ids=str)
-def test_a_schema_that_cannot_be_held_is_refused_beside_one_that_can(caller, schema):
-    def force(parameters):
-        tool = {"type": "function", "function": {"name": "zone", "parameters": parameters}}
+@pytest.mark.parametrize(("schema", "strict", "code"), REFUSED, ids=str)
+def test_a_schema_that_cannot_be_held_is_refused(caller, schema, strict, code):
+    """A keyword that would not be enforced only of a strict function; of others any object will do."""
+
+    def force(**function):
+        tool = {"type": "function", "function": {"name": "zone", **function}}
         return ask(caller, tools=[tool], tool_choice="required", max_tokens=5, model="caller")
 
     with pytest.raises(openai.BadRequestError) as found:
-        force(schema)
-    assert (found.value.param, found.value.code) == ("tools", "invalid_schema")
-    assert "costly" not in found.value.message
-    assert force(ZONE).choices[0].finish_reason == "length"
+        force(parameters=schema, strict=strict)
+    assert (found.value.param, found.value.code) == ("tools", code)
+    if code == "unsupported_schema":
+        assert force(parameters=schema).choices[0].finish_reason == "length"
+    assert force(parameters=ZONE, strict=True).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("function", [{}, {"parameters": None}, {"parameters": {}},
+                                      {"parameters": {"type": "object", "properties": {}}}], ids=str)  # fmt: skip
+def test_without_parameters_the_arguments_are_empty(function):
+    assert arguments_of({"name": "now", **function}) == to_grammar({"type": "object", "additionalProperties": False})
+    assert arguments_of({"parameters": {"type": "object", "additionalProperties": {"type": "integer"}}}) != any_object()
 
 
 BAD = [

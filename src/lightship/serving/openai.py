@@ -68,10 +68,8 @@ def add_routes(
         await compiled(grammar, "response_format", request)
         tokens = await asyncio.to_thread(model.chat_tokens, body.conversation(), calling.tools if calling else None)
         if calling is not None and model.tools is not None and (calling.forced or calling.strict):
-            if grammar is not None:
-                raise RequestError("response_format cannot be combined with tools that must be called or are strict",
-                                   "response_format", "unsupported_parameter")  # fmt: skip
-            grammar = Grammar("tags", model.tools.grammar(calling.callable, calling.forced, calling.parallel))
+            wanted = (calling.callable, calling.forced, calling.parallel)
+            grammar = Grammar("tags", await asyncio.to_thread(model.tools.grammar, *wanted))
             await compiled(grammar, "tools", request)
         params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
         generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops(), calling)

@@ -205,7 +205,7 @@ class ChatRequest(Sampling):
     def calling(self) -> Calling | None:
         """What tools the answer may call. Raises `RequestError` for a choice that does not fit."""
         found = calling(self.tools, self.tool_choice, self.parallel_tool_calls)
-        if found is not None and self.grammar() is not None:
+        if found is not None and self.response_format is not None and self.response_format.type != "text":
             raise RequestError("an answer in a response_format calls no tools; give one of them, or tool_choice none",
                                "response_format", "unsupported_parameter")  # fmt: skip
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from lightship.engine import Grammar
-from lightship.targets import _openvino_schema
 
 FIELDS = {"json_schema": "json_schema", "json_object": "json_schema", "regex": "regex", "ebnf": "grammar",
           "tags": "structural_tags_config"}  # fmt: skip
@@ -21,21 +19,8 @@ def config(grammar: Grammar) -> Any:
     import openvino_genai as genai
 
     made = genai.StructuredOutputConfig()
-    setattr(made, FIELDS[grammar.kind], _text(grammar))
+    setattr(made, FIELDS[grammar.kind], '{"type": "object"}' if grammar.kind == "json_object" else grammar.text)
     return made
-
-
-def _text(grammar: Grammar) -> str:
-    if grammar.kind == "json_object":
-        return '{"type": "object"}'
-    if grammar.kind not in ("json_schema", "tags"):
-        return grammar.text
-    try:
-        stated = json.loads(grammar.text)
-    except ValueError:
-        return grammar.text  # the compiler says what is wrong
-    mend = _openvino_schema.mended if grammar.kind == "json_schema" else _openvino_schema.mend
-    return json.dumps(mend(stated), ensure_ascii=False)
 
 
 class Compiler:

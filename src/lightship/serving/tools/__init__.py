@@ -45,7 +45,7 @@ class Tools:
     def grammar(self, tools: Sequence[JSON], forced: bool, parallel: bool = True) -> str:
         """The text of a grammar of the kind `tags` for `tools`, OpenAI's functions. With `forced` the answer is a call
         (with `parallel`: calls) and nothing else; without, any text in which each call is one of them. Either way the
-        arguments follow the function's schema.
+        arguments follow the function's schema, see `tags.arguments_of`.
 
         The text is xgrammar's structural tag, `{"type": "structural_tag", "format": …}`.
         """

@@ -114,7 +114,8 @@ ToolCallId = Annotated[str, Field(min_length=1, max_length=200)]
 @dataclass(frozen=True)
 class Calling:
     """What one answer may do with tools: `tools` as the template takes them, all of them; `callable` those that may be
-    called. `forced`: it is a call; `named`: of one function and no other. `parallel`: it may be several."""
+    called, each with its `strict`. `forced`: it is a call; `named`: of one function and no other. `parallel`: it may be
+    several."""
 
     tools: list[JSON]
     callable: list[JSON]
@@ -156,7 +157,10 @@ def calling(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: b
     may = [tool for tool in tools if tool.function.name in wanted]
     return Calling(
         [tool.plain() for tool in tools],
-        [tool.plain() for tool in may],
+        [
+            {"type": "function", "function": {**tool.plain()["function"], "strict": bool(tool.function.strict)}}
+            for tool in may
+        ],
         named or required,
         named,
         any(tool.function.strict for tool in may),

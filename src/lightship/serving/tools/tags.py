@@ -1,7 +1,7 @@
-"""Structural tags, xgrammar's JSON for text of which parts are fixed and parts follow a JSON schema.
+"""Structural tags, xgrammar's JSON for text of which parts are fixed and parts follow a grammar.
 
 Source: xgrammar 0.1.31, docs/tutorials/structural_tag.md; OpenVINO GenAI takes the text that `text` makes as
-`StructuredOutputConfig.structural_tags_config`.
+`StructuredOutputConfig.structural_tags_config`. Schemas are translated by us, see `json_schema`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from lightship.errors import RequestError
+from lightship.serving.json_schema import any_object, to_grammar
+
 JSON = dict[str, Any]
-NO_PARAMETERS: JSON = {"properties": {}, "additionalProperties": False}
 
 
 def text(form: JSON) -> str:
@@ -29,11 +31,26 @@ def calls(tools: Sequence[JSON], begin: str, end: str) -> list[JSON]:
     hold `{name}`."""
     found = []
     for tool in tools:
-        function = tool["function"]
-        parameters = {"type": "object", **(function.get("parameters") or NO_PARAMETERS)}
-        schema = {"type": "json_schema", "json_schema": parameters}
-        found.append(tag(begin.format(name=function["name"]), schema, end.format()))
+        content = {"type": "grammar", "grammar": arguments_of(tool["function"])}
+        found.append(tag(begin.format(name=tool["function"]["name"]), content, end.format()))
     return found
+
+
+def arguments_of(function: JSON) -> str:
+    """The grammar of a function's arguments, `{}` where it has no parameters.
+
+    Raises `RequestError` for a schema that is not valid, and, of a function that is `strict`, for one with keywords
+    that would not be enforced; others may then have any object, since nothing is promised of them.
+    """
+    schema = function.get("parameters") or {}
+    if not schema.keys() - {"type", "properties", "required"} and not schema.get("properties"):
+        schema = {"additionalProperties": False}
+    try:
+        return to_grammar({**({} if "$ref" in schema else {"type": "object"}), **schema}, "tools")
+    except RequestError as error:
+        if error.code != "unsupported_schema" or function.get("strict"):
+            raise
+        return any_object()
 
 
 def separated(tags: Sequence[JSON], separator: str, parallel: bool) -> JSON:
