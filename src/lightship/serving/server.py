@@ -37,7 +37,7 @@ UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, before any model is loaded. Port 0 takes a free one. Raises `UsageError` when it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, asyncio sends small answers at once
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
