@@ -20,8 +20,8 @@ from lightship.serving.app import create_app
 from lightship.serving.journal import Journal, journal_to
 from lightship.serving.metrics import FIRST_TOKEN, Metrics, add_metrics, own_port, token_buckets
 from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.supervisor import Supervisor
 from lightship.serving.ticket import Demand, Limits
-from lightship.serving.worker import Worker
 
 DASHBOARDS = resources.files("lightship.serving") / "dashboards"
 
@@ -31,7 +31,7 @@ def served(folder, aliases=False, own=None):
     """The engine behind admission, journal and metrics, as a server wires them, with one plain route."""
     metrics = Metrics("tiny", 2048, aliases)
     admission = Admission(Limits(blocks=40, max_queue=2), observer=metrics)
-    worker = Worker("fake", EngineSettings())
+    worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
     logger, sink = journal_to(folder / "journal")
     metrics.watch(admission.snapshot, lambda: worker.stats, lines_dropped=lambda: sink.dropped)

@@ -1,15 +1,17 @@
 """Tool calls: the family of a template, its parser, its grammar, and chats with tools."""
 
+import asyncio
 import contextlib
 import json
 import re
+from typing import Literal
 
 import jsonschema
 import openai
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings, GenerationParams, Grammar
@@ -208,6 +210,7 @@ READ = [
     ("llama3", f"You could write {L_NOW}.", None, []),
     ("llama3", '{"name": "clock"}', None, []),
     ("llama3", '{"name": "Ada", "parameters": {}}\n', None, []),
+    ("llama3", '{"name": "Ada", "parameters":\n{"name": "clock", "parameters": {}}}', None, []),
     ("llama3", 'int main() {\n  return {"name"};\n}', None, []),
     ("llama3", '<|python_tag|>clock.call(zone="CET")', None, []),
     ("llama3", '{"na', None, []),
@@ -365,6 +368,7 @@ def test_no_tools_no_calls():
         ([], "required", "tool_choice"),
         ([{"name": "a"}], {"type": "function", "function": {"name": "b"}}, "tool_choice"),
         ([{"name": "a"}, {"name": "a"}], None, "tools"),
+        ([{"name": "a"}, {"name": "b", "parameters": {"type": "string"}}], None, "tools.1.function.parameters"),
     ],
 )
 def test_choices_that_do_not_fit(functions, choice, param):
@@ -418,8 +422,8 @@ def saying(folder, text, source, **fake):
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def ask(client, messages=CHAT[:1], **options):
-    return client.chat.completions.create(model="org/fake", messages=messages, **options)
+def ask(client, messages=CHAT[:1], model="org/fake", **options):
+    return client.chat.completions.create(model=model, messages=messages, **options)
 
 
 def joined(stream):
@@ -491,20 +495,6 @@ def test_calls_alone_have_no_content_and_a_cut_call_is_text(tmp_path):
             assert found == ({"content": H_NOW[:20], "tool_calls": []}, "length")
 
 
-def test_a_named_function_ends_with_stop_as_openais_does(tmp_path):
-    """What is forced is streamed as it is written, one piece a token, and at the limit of tokens cut there."""
-    named = {"type": "function", "function": {"name": "clock"}}
-    with saying(tmp_path, H_NOW.replace("{}", '{"zone": "CET"}'), HERMES) as client:
-        for choice, end in ((named, "stop"), ("required", "tool_calls")):
-            expected = ({"content": None, "tool_calls": [{"name": "clock", "arguments": '{"zone": "CET"}'}]}, end)
-            assert plain(ask(client, tools=[CLOCK], tool_choice=choice).choices[0]) == expected
-            chunks = list(ask(client, tools=[CLOCK], tool_choice=choice, stream=True))
-            assert joined(chunks) == expected and len(chunks) > 10
-        cut = ask(client, tools=[CLOCK], tool_choice=named, max_tokens=H_NOW.index("{}") + 9)
-        message, finish = plain(cut.choices[0])
-        assert message["tool_calls"] == [{"name": "clock", "arguments": '{"zone": '}] and finish == "length"
-
-
 def test_a_call_that_begins_with_a_special_token(tmp_path):
     """`[TOOL_CALLS]` is special in the tokenizers of Mistral's models, which hides it from the text."""
     with saying(tmp_path, f"[TOOL_CALLS] [{M_ZURICH}]<|user|>", MISTRAL) as client:
@@ -515,6 +505,29 @@ def test_a_call_that_begins_with_a_special_token(tmp_path):
         chat = [*CHAT[:1], answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
         assert ask(client, chat, tools=[WEATHER]).choices[0].message.tool_calls
         assert ask(client).choices[0].message.content == f" [{M_ZURICH}]"
+        scored = ask(client, tools=[WEATHER], logprobs=True).choices[0].logprobs.content
+        assert "".join(each.token for each in scored[:4]) == "[TOOL_CALLS] [{"
+
+
+NESTED = {"type": "object", "properties": {"a": {"enum": [{"unit": "°F"}]}}, "required": ["a"]}
+REFUSED = [  # of a forced call, by what would compile or hold its grammar
+    {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]},
+    NESTED,
+]
+
+
+@pytest.mark.parametrize("schema", REFUSED, ids=str)
+def test_a_schema_that_cannot_be_held_is_refused_beside_one_that_can(caller, schema):
+    def force(parameters):
+        tool = {"type": "function", "function": {"name": "zone", "parameters": parameters}}
+        return ask(caller, tools=[tool], tool_choice="required", max_tokens=5, model="caller")
+
+    with pytest.raises(openai.BadRequestError) as found:
+        force(schema)
+    assert (found.value.param, found.value.code) == ("tools", "invalid_schema")
+    assert "costly" not in found.value.message
+    assert force(ZONE).choices[0].finish_reason == "length"
 
 
 BAD = [
@@ -531,6 +544,7 @@ BAD = [
     ({"messages": [{"role": "tool", "content": "5"}]}, "messages.0.tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages.0.tool_call_id"),
     ({"messages": [{**CHAT[1], "role": "user"}]}, None),
+    ({"tools": [CLOCK], "tool_choice": "required"}, "tools"),  # this engine holds an answer to no grammar
 ]
 
 
@@ -627,6 +641,21 @@ def caller(hermes_path):
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
+def test_a_forced_call_is_streamed_as_it_is_written_and_cut_at_the_limit(caller):
+    """As OpenAI's is; and a call that was named ends with `stop`."""
+    options = {"model": "caller", "messages": CHAT[:1], "tools": FUNCTIONS, "seed": 1,
+               "tool_choice": {"type": "function", "function": {"name": "zone"}}}  # fmt: skip
+    whole = caller.chat.completions.create(**options, max_tokens=900)
+    message, finish = plain(whole.choices[0])
+    assert finish == "stop"
+    chunks = list(caller.chat.completions.create(**options, max_tokens=900, stream=True))
+    pieces = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+    assert len(pieces) > 4 and joined(chunks) == (message, finish)
+    cut, end = plain(caller.chat.completions.create(**options, max_tokens=whole.usage.completion_tokens - 4).choices[0])
+    arguments, written = message["tool_calls"][0]["arguments"], cut["tool_calls"][0]["arguments"]
+    assert end == "length" and written != arguments and arguments.startswith(written)
+
+
 @pytest.mark.parametrize("choice", ["required", "zone", "now"])
 def test_forced_calls_over_http(caller, choice):
     named = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
@@ -650,3 +679,25 @@ def test_a_strict_tool_holds_the_calls_of_a_free_answer(caller):
         message, finish = plain(caller.chat.completions.create(**options).choices[0])
         assert joined(caller.chat.completions.create(**options, stream=True)) == (message, finish)
         assert message["content"] or message["tool_calls"]
+
+
+class Zone(BaseModel):
+    zone: Literal["CET", "UTC"]
+
+
+def test_the_clients_own_helpers_read_the_calls(caller):
+    """openai-python joins the chunks, checks the arguments against the model and makes one of them."""
+    options = {"model": "caller", "messages": CHAT[:1], "tools": [openai.pydantic_function_tool(Zone, name="zone")],
+               "tool_choice": "required", "parallel_tool_calls": False, "seed": 1, "max_tokens": 900}  # fmt: skip
+    with caller.chat.completions.stream(**options) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    whole = caller.chat.completions.parse(**options).choices[0]
+    for choice in (streamed, whole):
+        (call,) = choice.message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Zone) and choice.finish_reason == "tool_calls"
+
+    async def ask_later():
+        async with openai.AsyncOpenAI(base_url=caller.base_url, api_key="none", max_retries=0) as client:
+            return (await client.chat.completions.create(**options)).choices[0]
+
+    assert plain(asyncio.run(ask_later())) == plain(whole) == plain(streamed)

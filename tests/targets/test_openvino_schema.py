@@ -56,6 +56,15 @@ def test_the_engine_writes_what_the_schema_says(answer, schema):
     jsonschema.validate(json.loads(answer(Grammar("tags", json.dumps(tags)))), schema)
 
 
+def test_texts_of_bounded_length_are_json(answer):
+    """Random weights like control characters, which the compiler lets through; what is no UTF-8 does not count."""
+    for schema in ({"type": "string", "minLength": 3, "maxLength": 9}, {"type": "string", "maxLength": 0}):
+        text = json.dumps({"type": "array", "items": schema, "minItems": 12, "maxItems": 12})
+        found = [each for each in json.loads(answer(Grammar("json_schema", text))) if "\ufffd" not in each]
+        jsonschema.validate(found, {"items": schema})
+        assert len(found) > 5
+
+
 def test_what_is_read_rightly_stays_as_it_is():
     schema = {
         "type": "object",

@@ -135,8 +135,9 @@ class Generation:
         return self.model.tools.hidden(self.model.tokenizer, forced=self.calling.forced)
 
     async def _choice(self, index: int, prompt: Sequence[int], params: GenerationParams) -> AsyncGenerator[Piece, None]:
-        text = TextStream(self.model.tokenizer, self.stops, self._hidden())
-        shown = Shown(self.model.token_bytes) if params.logprobs else None
+        hidden = self._hidden()
+        text = TextStream(self.model.tokenizer, self.stops, hidden)
+        shown = Shown(self.model.token_bytes, hidden) if params.logprobs else None
         finish = "stop"
         generated = self.engine.generate(prompt, params)
         watched = generated if self.ticket is None else self.ticket.watch(generated)

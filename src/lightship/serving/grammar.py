@@ -82,6 +82,8 @@ def _load(target: str, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + SECONDS)
         try:
             compiler.compile(Grammar(question["kind"], question["text"]))
+        except RequestError as error:
+            return {"error": error.message}
         except RuntimeError as error:
             return {"error": _cleaned(str(error))}
         return {"error": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,17 +110,18 @@ class Line:
 
 class Shown:
     """Hands tokens out with the text that shows them: text may be held back for a stop string, or until a character is
-    whole, and its tokens are with it."""
+    whole, and its tokens are with it. `hidden`: the tokens that add nothing to the text, as `TextStream` has it."""
 
-    def __init__(self, about: TokenBytes) -> None:
-        self._line = Line(about)
+    def __init__(self, about: TokenBytes, hidden: Collection[int] | None = None) -> None:
+        self._line, self._hidden = Line(about), hidden
         self._waiting: deque[tuple[int, Token]] = deque()  # (bytes of the text up to its end, token)
         self._known = self._shown = 0
 
     def push(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Tokens arrived."""
         for number, logprob in zip(ids, logprobs, strict=True):
-            token = self._line.add(number, logprob)
+            shown = self._hidden is not None and number not in self._hidden
+            token = self._line.add(number, logprob, special=shown)
             self._known += len(token.text.encode() if token.bytes is None else token.bytes)
             self._waiting.append((self._known, token))
 

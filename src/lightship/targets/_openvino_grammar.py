@@ -28,10 +28,14 @@ def config(grammar: Grammar) -> Any:
 def _text(grammar: Grammar) -> str:
     if grammar.kind == "json_object":
         return '{"type": "object"}'
-    if grammar.kind in ("json_schema", "tags"):
-        mend = _openvino_schema.mended if grammar.kind == "json_schema" else _openvino_schema.mend
-        return json.dumps(mend(json.loads(grammar.text)), ensure_ascii=False)
-    return grammar.text
+    if grammar.kind not in ("json_schema", "tags"):
+        return grammar.text
+    try:
+        stated = json.loads(grammar.text)
+    except ValueError:
+        return grammar.text  # the compiler says what is wrong
+    mend = _openvino_schema.mended if grammar.kind == "json_schema" else _openvino_schema.mend
+    return json.dumps(mend(stated), ensure_ascii=False)
 
 
 class Compiler:

@@ -10,8 +10,11 @@ from lightship.errors import RequestError
 
 # xgrammar 0.1.31, in OpenVINO GenAI 2026.4, writes U+00DF as \xdf and takes a hexadecimal digit behind it for one more:
 # of `größe` it makes `grö\u0dfe`, of `°F` U+0B0F. Names of properties it puts into its grammar without escaping them.
+# In a text with a least or greatest length it lets control characters through, which are no JSON, and no escape.
 MISREAD = re.compile(r"[\u0080-\u00ff][0-9A-Fa-f]")
 UNESCAPED = re.compile(r'["\\\x00-\x1f]')
+CHARACTER = '([ !#-\\[\\]-\U0010ffff]|\\\\["\\\\/bfnrt])'  # of a text in JSON, as a regular expression
+LENGTHS = {"minLength", "maxLength"}
 OPERATORS = re.compile(r"[\\^$.*+?()\[\]{}|/]")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
@@ -39,7 +42,18 @@ def mended(schema: Any) -> Any:
     constants = [found["const"]] if "const" in found else found.get("enum")
     if isinstance(constants, list) and any(_misread(each) for each in constants):
         return _constants(constants)
+    if found.get("type") == "string" and not found.keys() & {"pattern", "format", "enum", "const"}:
+        return _bounded(found)
     return found
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """A text whose length is bounded, as a regular expression, which is held to JSON."""
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if not schema.keys() & LENGTHS or type(least) is not int or (type(most) is not int and "maxLength" in schema):
+        return schema
+    rest = {key: value for key, value in schema.items() if key not in LENGTHS}
+    return {**rest, "pattern": f"^{CHARACTER}{{{least},{most}}}$"}
 
 
 def _value(key: str, value: Any) -> Any:

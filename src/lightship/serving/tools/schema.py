@@ -147,6 +147,10 @@ def calling(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: b
         wanted = [tool.function.name for tool in choice.allowed_tools.tools]
     if unknown := set(wanted) - set(names):
         raise RequestError(f"tool_choice names {min(unknown)!r}, which is none of the tools", "tool_choice")
+    for index, tool in enumerate(tools):
+        if (tool.function.parameters or {}).get("type", "object") != "object":
+            raise RequestError("the parameters of a function are a schema of the type 'object'",
+                               f"tools.{index}.function.parameters", "invalid_function_parameters")  # fmt: skip
     named = isinstance(choice, NamedTool)
     required = choice == "required" or (isinstance(choice, AllowedChoice) and choice.allowed_tools.mode == "required")
     may = [tool for tool in tools if tool.function.name in wanted]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 JSON = dict[str, Any]
-NO_PARAMETERS: JSON = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_PARAMETERS: JSON = {"properties": {}, "additionalProperties": False}
 
 
 def text(form: JSON) -> str:
@@ -30,7 +30,8 @@ def calls(tools: Sequence[JSON], begin: str, end: str) -> list[JSON]:
     found = []
     for tool in tools:
         function = tool["function"]
-        schema = {"type": "json_schema", "json_schema": function.get("parameters") or NO_PARAMETERS}
+        parameters = {"type": "object", **(function.get("parameters") or NO_PARAMETERS)}
+        schema = {"type": "json_schema", "json_schema": parameters}
         found.append(tag(begin.format(name=function["name"]), schema, end.format()))
     return found
 
