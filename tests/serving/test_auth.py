@@ -40,10 +40,6 @@ def keys(file):
 def server(folder, file, keys):
     with served(folder, KeyRing(file, interval=0)) as (url, app):
 
-        @app.get("/metrics")
-        async def metrics():
-            return {}
-
         @app.post("/admin/drain")
         async def drain():
             return {}
