@@ -271,7 +271,7 @@ def test_what_may_be_bound(tmp_path, file, keys):
     none, some = KeyRing(KeyFile(tmp_path / "none.json")), KeyRing(file)
     for host in ("127.0.0.1", "127.1.2.3", "localhost", "LocalHost.", "::1", "::ffff:127.0.0.1"):
         check_exposure(host, none, tls=False, behind_proxy=False)
-        with pytest.raises(UsageError, match="a proxy .* no key"):
+        with pytest.raises(UsageError, match=r"a proxy .* no key"):
             check_exposure(host, none, tls=False, behind_proxy=True)
         check_exposure(host, some, tls=False, behind_proxy=True)
     for host in ("0.0.0.0", "", "::", "192.0.2.1", "example.org", "::ffff:192.0.2.1", "127.0.0.1.nip.io", "localhosts"):
