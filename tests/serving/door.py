@@ -19,7 +19,7 @@ from lightship.serving.limits import Limits
 from lightship.serving.model import ServedModel
 from lightship.serving.protocol import protocol_with
 from lightship.serving.server import bind, url_of, wait_ready
-from lightship.serving.worker import Worker
+from lightship.serving.supervisor import Supervisor
 from tests.serving.test_protocol import byte_tokenizer
 
 
@@ -36,7 +36,7 @@ def model_folder(folder, context=4_000_000):
 def served(folder, ring=None, limits=None, local=False, **options):
     """The URL of a running server, and its app."""
     limits = limits or Limits()
-    worker = Worker("fake", EngineSettings())
+    worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
     model = ServedModel.load("org/fake", "0" * 64, folder)
     app = create_app(worker, lambda app: routes.add_routes(app, worker, model))

@@ -13,7 +13,7 @@ import uvicorn
 from lightship.engine import EngineSettings
 from lightship.serving import openai
 from lightship.serving.app import create_app
-from lightship.serving.draining import DrainingServer
+from lightship.serving.draining import Door, DrainingServer, Turnstile
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, url_of, wait_ready
 from lightship.serving.supervisor import Supervisor
@@ -33,9 +33,11 @@ def served(folder, drain):
     worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
     model = ServedModel.load("fake", "0" * 64, folder)
-    app = create_app(worker, lambda app: openai.add_routes(app, worker, model))
+    door = Door()
+    app = create_app(worker, lambda app: openai.add_routes(app, worker, model), stopping=lambda: door.closing)
+    app.add_middleware(Turnstile, door=door)
     with bind("127.0.0.1", 0) as bound:
-        server = DrainingServer(uvicorn.Config(app, log_level="critical"), app.state.door, worker.close, drain)
+        server = DrainingServer(uvicorn.Config(app, log_level="critical"), door, worker.close, drain)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         wait_ready(url_of(bound), 30, thread.is_alive)

@@ -18,9 +18,11 @@ from fastapi.responses import Response
 
 from lightship.errors import Overloaded
 from lightship.serving import errors
+from lightship.serving.admission import Admission
 from lightship.serving.connection import Stream, unless_gone
 from lightship.serving.journal import Journal, Sink, journal_to
 from lightship.serving.server import bind, url_of
+from lightship.serving.ticket import Demand, Limits
 
 SECRET = "what the client wrote"
 
@@ -34,6 +36,10 @@ def api() -> FastAPI:
         request.state.record.note_prompt(SECRET)
         request.state.record.prompt_tokens = 3
         return {"id": request.state.id}
+
+    @app.get("/own")
+    async def own_id() -> Response:
+        return Response(headers={"X-Request-ID": "the route's"})
 
     @app.get("/boom")
     async def boom() -> None:
@@ -126,6 +132,52 @@ def test_ids_of_clients(log, given, taken):
 def test_two_ids_are_none(log):
     answer = httpx.get(f"{log[0]}/item/x", headers=[("X-Request-Id", "one"), ("X-Request-Id", "two")])
     assert answer.headers["x-request-id"].startswith("req-") and len(lines_of(log[1], 1)) == 1
+
+
+def test_there_is_one_id_only(log):
+    answer = httpx.get(f"{log[0]}/own", headers={"X-Request-Id": "mine"})
+    assert answer.headers.get_list("x-request-id") == ["mine"] and len(lines_of(log[1], 1)) == 1
+
+
+def test_leaving_after_the_answer_is_no_leaving(tmp_path):
+    """An application may go on listening when it has answered; then the end of the connection means nothing."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    logger, sink = journal_to(tmp_path / "lines")
+    asyncio.run(Journal(app, logger)({"type": "http", "method": "GET", "headers": []}, receive, send))
+    sink.stop()
+    (line,) = lines_of(tmp_path / "lines", 1)
+    assert (line["status"], line["client_left"]) == (204, False)
+
+
+def test_no_route_keeps_its_place(tmp_path):
+    admission = Admission(Limits(blocks=1))
+
+    async def app(scope, receive, send):
+        scope["state"]["record"].ticket = await admission.enter(Demand("a", (7,), (3,)))
+        raise RuntimeError("and nobody closes it")
+
+    async def nothing(*message):
+        pass
+
+    logger, sink = journal_to(tmp_path / "lines")
+    scope = {"type": "http", "method": "GET", "headers": []}
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            asyncio.run(Journal(app, logger)({**scope}, nothing, nothing))
+    sink.stop()
+    assert [line["finish"] for line in lines_of(tmp_path / "lines", 2)] == ["abort", "abort"]
+    assert admission.snapshot().running == 0
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from lightship.serving.app import create_app
 from lightship.serving.journal import Journal, journal_to
 from lightship.serving.metrics import FIRST_TOKEN, Metrics, add_metrics, own_port, token_buckets
 from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.supervisor import Supervisor
 from lightship.serving.ticket import Demand, Limits
-from lightship.serving.worker import Worker
 
 DASHBOARDS = resources.files("lightship.serving") / "dashboards"
 
@@ -31,7 +31,7 @@ def served(folder, aliases=False, own=None):
     """The engine behind admission, journal and metrics, as a server wires them, with one plain route."""
     metrics = Metrics("tiny", 2048, aliases)
     admission = Admission(Limits(blocks=40, max_queue=2), observer=metrics)
-    worker = Worker("fake", EngineSettings())
+    worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
     logger, sink = journal_to(folder / "journal")
     metrics.watch(admission.snapshot, lambda: worker.stats, lines_dropped=lambda: sink.dropped)
@@ -110,6 +110,7 @@ def test_known_requests_give_known_figures(scraped):
     assert value("admission_rejections_total", reason="too_large") == 1
     assert value("admission_rejections_total", reason="queue_full") == 0
     assert value("http_responses_total", status="400") == 1 and value("http_responses_total", status="200") >= 3
+    assert value("http_responses_total", status="429") == 0  # there before the first, so that a rate sees that one
     assert value("request_prompt_tokens_sum") == 210 and value("request_prompt_tokens_bucket", le="5.0") == 1
     assert value("request_generation_tokens_count") == 3
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):

@@ -24,7 +24,9 @@ from lightship.engine import EngineSettings, GenerationParams
 from lightship.errors import ContextTooLong, EngineDied
 from lightship.serving import openai as routes
 from lightship.serving.app import create_app
-from lightship.serving.limits import BODY_LIMIT
+from lightship.serving.auth import guard
+from lightship.serving.keys import KeyRing
+from lightship.serving.limits import BODY_LIMIT, Limits
 from lightship.serving.model import DEFAULT_MAX_TOKENS, ServedModel, fingerprint
 from lightship.serving.schema import ChatRequest, CompletionRequest
 from lightship.serving.server import bind, url_of, wait_ready
@@ -67,6 +69,7 @@ def served(folder):
     worker.load(folder)
     model = ServedModel.load("org/fake", "0" * 64, folder)
     app = create_app(worker, lambda app: routes.add_routes(app, worker, model))
+    guard(app, KeyRing(None), Limits())
     with bind("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -4,16 +4,14 @@ routes of a kind of model are added by `openai` and `encoder`."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from lightship.serving import errors
-from lightship.serving.draining import Door, Turnstile
-from lightship.serving.limits import BodyLimit
 
 
 class Served(Protocol):
@@ -34,6 +32,20 @@ class Served(Protocol):
         """Why it died, when it could still say so."""
         ...
 
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """See `Engine.stats`."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How often it was replaced."""
+        ...
+
+    def resident(self) -> int | None:
+        """Bytes of memory of its process; None where it has none of its own, or none now."""
+        ...
+
     async def start(self) -> None:
         """Load the model."""
         ...
@@ -51,8 +63,23 @@ class Closes(Protocol):
         ...
 
 
-def create_app(engine: Served, add_routes: Callable[[FastAPI], None], beside: Sequence[Closes] = ()) -> FastAPI:
-    """The API in front of `engine`, and what runs `beside` it. `app.state.failure` is set when it cannot be loaded."""
+def create_app(
+    engine: Served,
+    add_routes: Callable[[FastAPI], None],
+    beside: Sequence[Closes] = (),
+    loaded: Callable[[], None] = lambda: None,
+    around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    stopping: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """The API in front of `engine`, and what runs `beside` it; nothing guards it yet, see `front`.
+
+    `loaded` is called once the engine is ready, `around` is open as long as the app runs, `stopping` tells that it will
+    soon end. `app.state.failure` is set when the engine cannot be loaded.
+    """
+
+    async def start() -> None:
+        await engine.start()
+        loaded()
 
     def failed(starting: asyncio.Task[None]) -> None:
         if not starting.cancelled():
@@ -60,23 +87,21 @@ def create_app(engine: Served, add_routes: Callable[[FastAPI], None], beside: Se
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(engine.start())
+        starting = asyncio.create_task(start())
         app.state.starting = starting
         starting.add_done_callback(failed)
-        try:
-            yield
-        finally:
-            starting.cancel()
-            await engine.close()
-            for each in beside:
-                await each.close()
+        async with around():
+            try:
+                yield
+            finally:
+                starting.cancel()
+                await engine.close()
+                for each in beside:
+                    await each.close()
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.failure, app.state.ready = None, lambda: engine.ready
+    app.state.failure, app.state.ready, app.state.stopping = None, lambda: engine.ready, stopping
     errors.install(app)
-    app.add_middleware(BodyLimit)
-    app.state.door = Door()
-    app.add_middleware(Turnstile, door=app.state.door)
     _health(app, engine)
     add_routes(app)
     return app
@@ -91,7 +116,7 @@ def _health(app: FastAPI, engine: Served) -> None:
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        if app.state.door.closing:
+        if app.state.stopping():
             return JSONResponse({"status": "stopping", "reason": None}, 503)
         if engine.ready:
             return JSONResponse({"status": "ready"})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,8 @@ class Batcher:
 
     failure: str | None = None  # an error is the batch's own: the engine lives on
     live = True
+    restarts = 0
+    stats: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
         self.encoder = Encoder.load(folder)
@@ -67,6 +71,9 @@ class Batcher:
     def ready(self) -> bool:
         """Whether the model is loaded."""
         return self._engine is not None
+
+    def resident(self) -> None:
+        """It has no process of its own."""
 
     async def start(self) -> None:
         """Load the model, and begin."""

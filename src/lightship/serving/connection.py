@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -66,12 +66,14 @@ async def _next(source: AsyncGenerator[Result, None]) -> Result:
 class Stream(StreamingResponse):
     """Closes its source however it ends, so that a client which leaves between two chunks frees the engine at once."""
 
-    def __init__(self, source: AsyncGenerator[str, None]) -> None:
+    def __init__(self, source: AsyncGenerator[str, None], ended: Callable[[], None] = lambda: None) -> None:
+        """`ended` is called at the end, also where nothing of `source` was ever sent."""
         super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._source = source
+        self._source, self._ended = source, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._source.aclose()
+            self._ended()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,17 @@ from tokenizers import Encoding
 
 from lightship.encoder import NEVER, Encoder, Row, row_of
 from lightship.errors import RequestError
+from lightship.serving.admission import Admission
 from lightship.serving.batcher import Batcher
 from lightship.serving.connection import unless_gone
 from lightship.serving.models import add_models, check_name
-from lightship.serving.schema import AnswerRequest, ClassifyRequest, EmbeddingsRequest
+from lightship.serving.reception import enter
+from lightship.serving.schema import MANY, AnswerRequest, ClassifyRequest, EmbeddingsRequest
+from lightship.serving.ticket import Limits
 
 JSON = dict[str, Any]
 Floats = npt.NDArray[np.float32]
+Run = Callable[[Request, Sequence[Row]], Awaitable[list[Floats]]]  # what each row means, in turn with other requests
 ANSWER = 30  # tokens of the longest answer, as in BERT's own evaluation
 PLACE = {"classifier": "/predict", "qa": "/predict", "embedder": "/v1/embeddings"}
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/predict")
@@ -43,10 +48,25 @@ class ServedEncoder:
         return self.encoder.context
 
 
-def add_routes(app: FastAPI, batcher: Batcher, model: ServedEncoder) -> None:
-    """The routes of an encoder."""
+def capacity(context: int) -> Limits:
+    """What may be in the queue and the engine together: twice the largest request there is."""
+    blocks = 2 * MANY * math.ceil(context / Limits.block_tokens)
+    return Limits(blocks=blocks, max_concurrent=2 * MANY)
+
+
+def add_routes(app: FastAPI, batcher: Batcher, model: ServedEncoder, admission: Admission | None = None) -> None:
+    """The routes of an encoder. `admission` bounds what waits and runs."""
     add_models(app, model)
-    {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, batcher, model)
+    gate = admission or Admission(capacity(model.context))
+
+    async def run(request: Request, rows: Sequence[Row]) -> list[Floats]:
+        async with await enter(gate, request, [len(row) for row in rows], [0] * len(rows)) as ticket, ticket.in_time():
+            found = await unless_gone(request, batcher.run(rows))
+            ticket.first_token()
+            ticket.finish = "stop"
+        return found
+
+    {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, run, model)
     _elsewhere(app, model)
 
 
@@ -79,12 +99,12 @@ async def _encoded(model: ServedEncoder, texts: Sequence[tuple[str, ...]]) -> li
 # ── Embeddings ──────────────────────────────────────────────────────────────
 
 
-def _embed(app: FastAPI, batcher: Batcher, model: ServedEncoder) -> None:
+def _embed(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> JSON:
         check_name(model, body.model)
         rows = await _rows(model, body.inputs())
-        vectors = await unless_gone(request, batcher.run(rows))
+        vectors = await run(request, rows)
         if body.dimensions not in (None, len(vectors[0])):
             raise RequestError(f"this model has {len(vectors[0])} dimensions and no others", "dimensions")
         data = [{"object": "embedding", "index": index, "embedding": _shown(vector, body.encoding_format)}
@@ -109,11 +129,11 @@ def _shown(vector: Floats, form: str) -> str | list[float]:
 # ── Labels ──────────────────────────────────────────────────────────────────
 
 
-def _classify(app: FastAPI, batcher: Batcher, model: ServedEncoder) -> None:
+def _classify(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: ClassifyRequest, request: Request) -> JSON:
         rows = [row_of(encoding) for encoding in await _encoded(model, [(text,) for text in body.inputs()])]
-        found = [labels(model.encoder, meaning) for meaning in await unless_gone(request, batcher.run(rows))]
+        found = [labels(model.encoder, meaning) for meaning in await run(request, rows)]
         output = found[0] if isinstance(body.input, str) else found
         return {"output": output, "model": model.name, "usage": _usage(rows)}
 
@@ -128,13 +148,13 @@ def labels(encoder: Encoder, meaning: Floats) -> list[JSON]:
 # ── Answers ─────────────────────────────────────────────────────────────────
 
 
-def _answer(app: FastAPI, batcher: Batcher, model: ServedEncoder) -> None:
+def _answer(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: AnswerRequest, request: Request) -> JSON:
         asked = body.inputs()
         encodings = await _encoded(model, [(each.question, each.context) for each in asked])
         rows = [row_of(encoding) for encoding in encodings]
-        meanings = await unless_gone(request, batcher.run(rows))
+        meanings = await run(request, rows)
         found = [best_span(encoding, meaning, each.context)
                  for encoding, meaning, each in zip(encodings, meanings, asked, strict=True)]  # fmt: skip
         output = found if isinstance(body.input, list) else found[0]

@@ -15,6 +15,7 @@ from lightship.errors import EngineDied
 from lightship.serving.model import ServedModel
 from lightship.serving.supervisor import once_more
 from lightship.serving.text import TextStream
+from lightship.serving.ticket import Ticket
 from lightship.serving.tokens import Shown, Token
 from lightship.serving.tools.parser import Arguments, Parser, Start, Text
 from lightship.serving.tools.schema import Calling
@@ -63,7 +64,7 @@ class Generation:
 
     Every choice is a request of its own in the engine, so they are computed together where the engine can do that.
     `params` are those of each prompt; their seed is derived for each choice, see `choice_seed`. `calling` says what
-    tools the answers may call.
+    tools the answers may call; `ticket` hears of every token, and holds it to its deadlines.
     """
 
     engine: Generates
@@ -73,6 +74,7 @@ class Generation:
     n: int = 1
     stops: Sequence[str] = ()
     calling: Calling | None = None
+    ticket: Ticket | None = None
     produced: int = 0  # tokens computed for the answer, the end-of-text token not counted
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -114,6 +116,8 @@ class Generation:
         async with contextlib.aclosing(choices[0] if len(choices) == 1 else _merged(choices)) as pieces:
             async for piece in pieces:
                 self.produced += piece.produced
+                if piece.finish is not None and self.ticket is not None:
+                    self.ticket.finish = "length" if piece.finish == "length" else "stop"
                 yield piece
 
     def _answer(self, index: int, prompt: Sequence[int], params: GenerationParams) -> AsyncGenerator[Piece, None]:
@@ -135,7 +139,9 @@ class Generation:
         text = TextStream(self.model.tokenizer, self.stops, hidden)
         shown = Shown(self.model.token_bytes, hidden) if params.logprobs else None
         finish = "stop"
-        async with contextlib.aclosing(self.engine.generate(prompt, params)) as events:
+        generated = self.engine.generate(prompt, params)
+        watched = generated if self.ticket is None else self.ticket.watch(generated)
+        async with contextlib.aclosing(watched) as events:
             async for event in events:
                 new = text.push(event.token_ids)
                 if shown is not None:

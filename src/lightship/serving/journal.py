@@ -84,6 +84,8 @@ class Journal:
         try:
             await self._app(scope, watched.receive, watched.send)
         finally:
+            if record.ticket is not None:
+                record.ticket.close()  # whatever became of the route, its place in the engine is free again
             self._answered(watched.status)
             self._write(scope, record, watched)
 
@@ -184,11 +186,9 @@ class Sink(logging.Handler):
         except queue.Full:
             self._drop()
 
-    def close(self) -> None:
-        """Nothing: `logging.config` closes every handler there is when somebody configures logging, as uvicorn does."""
-
     def stop(self) -> None:
-        """Write what waits, for 2 seconds at most, and end."""
+        """Write what waits, for 2 seconds at most, and end. Not called `close`: `logging.config` closes every handler
+        there is when somebody configures logging, as uvicorn does."""
         try:
             self._lines.put(None, timeout=1)
         except queue.Full:

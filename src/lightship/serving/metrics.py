@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -131,7 +131,7 @@ class Metrics:
     def watch(
         self,
         snapshot: Callable[[], Snapshot],
-        stats: Callable[[], dict[str, Any]] = dict,
+        stats: Callable[[], Mapping[str, Any]] = dict,
         restarts: Callable[[], int] = lambda: 0,
         memory: Callable[[], int | None] = lambda: None,
         lines_dropped: Callable[[], int] = lambda: 0,
@@ -166,7 +166,7 @@ class _Watched:
         self,
         model: str,
         snapshot: Callable[[], Snapshot],
-        stats: Callable[[], dict[str, Any]],
+        stats: Callable[[], Mapping[str, Any]],
         restarts: Callable[[], int],
         memory: Callable[[], int | None],
         lines_dropped: Callable[[], int],

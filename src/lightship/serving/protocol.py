@@ -115,32 +115,36 @@ class DoorProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """More waits to be sent than is good; look whether it gets less."""
         super().pause_writing()
-        self._unwritten = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(self.limits.write_seconds, self._look_at_writing)
+        self._watch_writing()
 
     def resume_writing(self) -> None:
         """The client reads."""
         super().resume_writing()
-        if self._write_timer is not None:
+        if self._write_timer is not None and not self.transport.is_closing():
             self._write_timer.cancel()
             self._write_timer = None
-
-    def _look_at_writing(self) -> None:
-        before, self._unwritten = self._unwritten, self.transport.get_write_buffer_size()
-        if self._unwritten >= before:  # to the app this is a client that left
-            return self.transport.abort()
-        self._write_timer = self.loop.call_later(self.limits.write_seconds, self._look_at_writing)
 
     def on_response_complete(self) -> None:
         """A connection that is to be closed now is closed at last even if nobody reads the rest."""
         super().on_response_complete()
         if self.transport.is_closing():
-            self._end_within(self.limits.write_seconds)
+            self._watch_writing()
 
     def timeout_keep_alive_handler(self) -> None:
         """As above."""
         super().timeout_keep_alive_handler()
-        self._end_within(self.limits.write_seconds)
+        self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        if self._write_timer is None:
+            self._unwritten = self.transport.get_write_buffer_size()
+            self._write_timer = self.loop.call_later(self.limits.write_seconds, self._look_at_writing)
+
+    def _look_at_writing(self) -> None:
+        self._write_timer = None
+        if self.transport.get_write_buffer_size() >= self._unwritten:
+            return self.transport.abort()  # to the app this is a client that left
+        self._watch_writing()
 
     # ── Refusals ────────────────────────────────────────────────────────────
 

@@ -147,6 +147,10 @@ class Supervisor:
         """The engine's process id."""
         return self._worker.pid
 
+    def resident(self) -> int | None:
+        """Bytes of memory of the engine process; None before it was loaded."""
+        return self.memory.now if self.memory else None
+
     def spawn(self) -> None:
         """See `Worker.spawn`."""
         self._worker.spawn()

@@ -166,8 +166,11 @@ class Ticket:
         """`events` of the engine within the deadlines, counted. Closing this closes them."""
         try:
             while True:
-                async with self.in_time():
+                if self.deadline is None:
                     event = await anext(events, None)
+                else:
+                    async with self.in_time():
+                        event = await anext(events, None)
                 if event is None:
                     return
                 self.produced(len(event.token_ids))
@@ -176,12 +179,15 @@ class Ticket:
         finally:
             await events.aclose()
 
-    def close(self) -> None:
-        """Give the place back. Further calls change nothing."""
-        if not self._closed:
-            self._closed = True
-            self.finish = self.finish or "abort"
-            self._gate.release(self)
+    def close(self, error: BaseException | None = None) -> None:
+        """Give the place back, after `error` where there was one. Further calls change nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if isinstance(error, Exception) and not isinstance(error, ClientLeft):
+            self.finish = "timeout" if isinstance(error, Timeout) else "error"
+        self.finish = self.finish or "abort"
+        self._gate.release(self)
 
     async def __aenter__(self) -> Ticket:
         return self
@@ -189,9 +195,7 @@ class Ticket:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ClientLeft):
-            self.finish = "timeout" if isinstance(error, Timeout) else "error"
-        self.close()
+        self.close(error)
 
 
 @asynccontextmanager
