@@ -27,6 +27,9 @@ from lightship.serving.settings import ServeSettings
 from lightship.serving.ticket import Limits
 
 
+UNBATCHED = 8  # sequences in an engine that computes one at a time: a request may ask for as many
+
+
 class Front:
     """Made for one engine. `admission` is what its routes ask; `stand_before` puts the rest before the app."""
 
@@ -47,7 +50,10 @@ class Front:
             self._logger, self._sink = journal_to(settings.log)
 
     def loaded(self, stats: Mapping[str, Any]) -> None:
-        """Take the size of the KV cache from the engine, which knows it."""
+        """Take from the engine what only it knows: the size of its KV cache, and whether it computes one at a time; then
+        few are let in, and the others wait where turns are fair."""
+        if stats.get("batching") == "none":
+            self.admission.limits = replace(self.admission.limits, max_concurrent=UNBATCHED)
         if (blocks := stats.get("blocks")) is not None:
             self.admission.limits = replace(self.admission.limits, blocks=blocks, block_tokens=stats["block_tokens"])
 

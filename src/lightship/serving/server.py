@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lightship.serving.front import Front
 
 log = logging.getLogger("lightship.serving")
-UNBATCHED = 8  # requests that are let in to an engine which computes one at a time
 UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
 
 
