@@ -26,7 +26,6 @@ from lightship.serving.protocol import protocol_with
 from lightship.serving.settings import ServeSettings
 from lightship.serving.ticket import Limits
 
-
 UNBATCHED = 8  # sequences in an engine that computes one at a time: a request may ask for as many
 
 
@@ -50,8 +49,8 @@ class Front:
             self._logger, self._sink = journal_to(settings.log)
 
     def loaded(self, stats: Mapping[str, Any]) -> None:
-        """Take from the engine what only it knows: the size of its KV cache, and whether it computes one at a time; then
-        few are let in, and the others wait where turns are fair."""
+        """Take from the engine what only it knows: the size of its KV cache, and whether it computes one at a time. Then
+        few are let in: the others wait where turns are fair."""
         if stats.get("batching") == "none":
             self.admission.limits = replace(self.admission.limits, max_concurrent=UNBATCHED)
         if (blocks := stats.get("blocks")) is not None:
