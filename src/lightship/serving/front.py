@@ -49,8 +49,8 @@ class Front:
             self._logger, self._sink = journal_to(settings.log)
 
     def loaded(self, stats: Mapping[str, Any]) -> None:
-        """Take from the engine what only it knows: the size of its KV cache, and whether it computes one at a time. Then
-        few are let in: the others wait where turns are fair."""
+        """Take from the engine what only it knows: the size of its KV cache, and whether it computes one at a time.
+        Then few are let in: the others wait where turns are fair."""
         if stats.get("batching") == "none":
             self.admission.limits = replace(self.admission.limits, max_concurrent=UNBATCHED)
         if (blocks := stats.get("blocks")) is not None:
