@@ -52,7 +52,8 @@ class GenerationParams:
 @dataclass(frozen=True)
 class EngineSettings:
     """How to open a model for generation. None leaves the choice to the runtime folder's `engine.json`, then to the
-    runtime. `kv_cache_gb` is the memory for keys and values in whole GiB; precisions are `f32`, `bf16`, `u8`, ….
+    runtime. `max_num_seqs` requests are computed together at most; `kv_cache_gb` is the memory for keys and values in
+    whole GiB; precisions are `f32`, `bf16`, `u8`, ….
     """
 
     kv_cache_gb: int = 1

@@ -24,6 +24,7 @@ from tests.serving.test_protocol import byte_tokenizer
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fake")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "fake.json").write_text(json.dumps({"slow": 0.001}))  # seconds a token
     (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "max_position_embeddings": 10_000_000}))
     return folder
 
@@ -59,8 +60,7 @@ def first_of(lines):
 
 
 def test_readiness_goes_first_and_what_runs_may_finish(folder):
-    # so long that the sockets between cannot hold it: it runs until it is read
-    with served(folder, 30) as (url, server, thread), stream(url, 40_000) as answer:
+    with served(folder, 30) as (url, server, thread), stream(url, 3000) as answer:
         lines = answer.iter_lines()
         first_of(lines)
         server.handle_exit(signal.SIGTERM, None)

@@ -42,8 +42,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--no-scoring", is_flag=True,
                      help="Refuse echo with logprobs, for which the model is loaded a second time."),
         click.option("--reproducible", is_flag=True,
-                     help="Same seed, same answer under any load: all arithmetic in float32, the cache too, and no "
-                     "prefix cache. Slower, and three to four times the memory a token."),
+                     help="Same seed, same answer under any load: answers are computed one after the other, without "
+                     "prefix cache. Many clients wait for long."),
         click.option("--stall", default=60.0, show_default=True, type=SECONDS,
                      help="Seconds without a step after which the engine is started again."),
         click.option("--max-memory", type=click.FloatRange(min=0.1),
@@ -112,6 +112,5 @@ def _settings(**given: Any) -> Any:
     )
 
 
-# Batching changes the order of sums, and with it low bits; with these no difference is left, see docs/serving.md.
-REPRODUCIBLE: dict[str, Any] = {"inference_precision": "f32", "kv_precision": "f32", "dynamic_quantisation_group": 0,
-                                "prefix_cache": False}  # fmt: skip
+# What is computed together changes the order of sums, and with it low bits: in float32 too, though more rarely.
+REPRODUCIBLE: dict[str, Any] = {"max_num_seqs": 1, "prefix_cache": False}

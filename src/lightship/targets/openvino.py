@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -349,6 +350,8 @@ class OpenVINOEngine:
                 f"OpenVINO GenAI cannot serve {folder} by continuous batching: {str(error).strip().splitlines()[-1]}",
                 hint="try --target onnx",
             ) from error
+        self._most = settings.max_num_seqs  # the runtime's own bound does not hold where prefill and decode are mixed
+        self._waiting: deque[tuple[int, Sequence[int], Any, tuple[int, ...]]] = deque()
         self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self._next_id = 0
         self._blocks = self._count_blocks()
@@ -356,14 +359,15 @@ class OpenVINOEngine:
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         self._check(tokens, params)
         self._next_id += 1
-        return self._add(self._next_id, tokens, self._config(params), () if params.ignore_eos else self._stops(params))
+        stops = () if params.ignore_eos else self._stops(params)
+        self._waiting.append((self._next_id, tokens, self._config(params), stops))
+        return self._next_id
 
-    def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> int:
+    def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> None:
         import openvino as ov
 
         ids = ov.Tensor(np.array([tokens], dtype=np.int64))
         self._running[request_id] = (self._pipeline.add_request(request_id, ids, config), stops)
-        return request_id
 
     def _check(self, tokens: Sequence[int], params: GenerationParams) -> None:
         if not tokens:
@@ -422,6 +426,8 @@ class OpenVINOEngine:
         return np.array(values[1 : len(tokens)], np.float32)
 
     def step(self) -> list[Event]:
+        while self._waiting and len(self._running) < self._most:
+            self._add(*self._waiting.popleft())
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()
         return [event for request_id in list(self._running) if (event := self._read(request_id)) is not None]
@@ -454,9 +460,10 @@ class OpenVINOEngine:
         return "cancelled" if status in (kinds.CANCEL, kinds.STOP) else "error"
 
     def busy(self) -> bool:
-        return bool(self._running)
+        return bool(self._running or self._waiting)
 
     def cancel(self, request_id: int) -> None:
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != request_id)
         if request_id in self._running:
             handle, _ = self._running.pop(request_id)
             handle.cancel()
@@ -473,8 +480,8 @@ class OpenVINOEngine:
 
     def stats(self) -> dict[str, Any]:
         usage = self._pipeline.get_metrics().cache_usage / 100 if self._running else 0.0  # it is stale when idle
-        return {"running": len(self._running), "context": self.context, "vocabulary": self.vocabulary,
-                "batching": BATCHING, "blocks": self._blocks, "block_tokens": BLOCK_TOKENS,
+        return {"running": len(self._running), "waiting": len(self._waiting), "context": self.context,
+                "vocabulary": self.vocabulary, "batching": BATCHING, "blocks": self._blocks, "block_tokens": BLOCK_TOKENS,
                 "cache_usage": usage}  # fmt: skip
 
     def close(self) -> None:
