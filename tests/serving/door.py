@@ -10,16 +10,18 @@ import httpx
 import uvicorn
 
 from lightship.engine import EngineSettings
+from lightship.report import Report
 from lightship.serving import openai as routes
 from lightship.serving.app import create_app
-from lightship.serving.auth import guard
-from lightship.serving.errors import document
+from lightship.serving.draining import DrainingServer
+from lightship.serving.front import Front
 from lightship.serving.keys import KeyRing
 from lightship.serving.limits import Limits
 from lightship.serving.model import ServedModel
-from lightship.serving.protocol import protocol_with
 from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
+from lightship.serving.ticket import Limits as Capacity
 from tests.serving.test_protocol import byte_tokenizer
 
 
@@ -33,25 +35,25 @@ def model_folder(folder, context=4_000_000):
 
 
 @contextlib.contextmanager
-def served(folder, ring=None, limits=None, local=False, **options):
-    """The URL of a running server, and its app."""
-    limits = limits or Limits()
-    worker = Supervisor("fake", EngineSettings())
-    worker.load(folder)
+def served(folder, ring=None, limits=None, local=False, tls=(None, None), metrics=None):
+    """The URL of a running server, and its app. `metrics` is the socket for /metrics, when it has one of its own."""
+    settings = ServeSettings(limits=limits or Limits(), behind_proxy=not local, tls_cert=tls[0], tls_key=tls[1],
+                             metrics_port=None if metrics is None else 0)  # fmt: skip
+    engine = Supervisor("fake", EngineSettings())
+    engine.load(folder)
     model = ServedModel.load("org/fake", "0" * 64, folder)
-    app = create_app(worker, lambda app: routes.add_routes(app, worker, model))
-    guard(app, ring or KeyRing(None), limits, local)
-    document(app, keyed=ring is not None)
+    capacity = Capacity(blocks=10**9, max_concurrent=64)
+    front = Front(settings, ring or KeyRing(None), model.name, model.context, capacity, Report(()))
+    app = create_app(engine, lambda app: routes.add_routes(app, engine, model, admission=front.admission),
+                     around=lambda: front.open(metrics))  # fmt: skip
     with bind("127.0.0.1", 0) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that a client which does not read is noticed
-        config = uvicorn.Config(
-            app, http=protocol_with(limits), ws="none", log_level="critical", timeout_graceful_shutdown=2, **options
-        )
-        server = uvicorn.Server(config)
+        config = uvicorn.Config(front.stand_before(app, engine), **{**front.listening, "log_level": "critical"})
+        server = DrainingServer(config, front.door, engine.close, 2)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:
-            if "ssl_certfile" in options:
+            if tls[0]:
                 wait_for(lambda: server.started and app.state.ready())
             else:
                 wait_ready(url_of(bound), 30, thread.is_alive)
@@ -59,7 +61,7 @@ def served(folder, ring=None, limits=None, local=False, **options):
         finally:
             server.should_exit = True
             thread.join(10)
-    assert not thread.is_alive() and not worker.alive
+    assert not thread.is_alive() and not engine.alive
 
 
 def wait_for(condition, seconds=30.0):

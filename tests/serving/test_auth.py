@@ -16,6 +16,8 @@ from lightship.errors import RequestError, UsageError
 from lightship.serving.auth import Doorkeeper, check_exposure, check_tls, is_loopback, needed, shares_prefix_cache
 from lightship.serving.client import stream_chat
 from lightship.serving.keys import KeyFile, KeyRing
+from lightship.serving.limits import Limits
+from lightship.serving.server import bind
 from tests.serving.door import dial, healthy, model_folder, post, served, status_of, until_closed
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"]
@@ -39,10 +41,6 @@ def keys(file):
 @pytest.fixture(scope="module")
 def server(folder, file, keys):
     with served(folder, KeyRing(file, interval=0)) as (url, app):
-
-        @app.get("/metrics")
-        async def metrics():
-            return {}
 
         @app.post("/admin/drain")
         async def drain():
@@ -273,6 +271,9 @@ def test_what_may_be_bound(tmp_path, file, keys):
     none, some = KeyRing(KeyFile(tmp_path / "none.json")), KeyRing(file)
     for host in ("127.0.0.1", "127.1.2.3", "localhost", "LocalHost.", "::1", "::ffff:127.0.0.1"):
         check_exposure(host, none, tls=False, behind_proxy=False)
+        with pytest.raises(UsageError, match=r"a proxy .* no key"):
+            check_exposure(host, none, tls=False, behind_proxy=True)
+        check_exposure(host, some, tls=False, behind_proxy=True)
     for host in ("0.0.0.0", "", "::", "192.0.2.1", "example.org", "::ffff:192.0.2.1", "127.0.0.1.nip.io", "localhosts"):
         assert not is_loopback(host)
         with pytest.raises(UsageError, match="no key") as caught:
@@ -310,9 +311,7 @@ def test_the_doors_hold_over_tls_too(folder, file, keys, certificate):
 
     trusted = ssl.create_default_context(cafile=str(certificate[0]))
     with contextlib.ExitStack() as stack:
-        url, _ = stack.enter_context(
-            served(folder, KeyRing(file), ssl_certfile=str(certificate[0]), ssl_keyfile=str(certificate[1]))
-        )
+        url, _ = stack.enter_context(served(folder, KeyRing(file), tls=certificate))
         client = stack.enter_context(httpx.Client(base_url=url.replace("http:", "https:"), verify=trusted))
         assert client.get("/v1/models").status_code == 401
         answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, headers=bearer(keys["use"]))
@@ -320,6 +319,25 @@ def test_the_doors_hold_over_tls_too(folder, file, keys, certificate):
         with dial(url) as plain:  # no answer in the clear
             plain.sendall(post(b"{}"))
             assert b"HTTP" not in until_closed(plain)
+
+
+def test_a_port_for_metrics_has_the_same_doors(folder, file, keys, certificate):
+    """Locked, encrypted and limited as the API is, and the API has no metrics then."""
+    import ssl
+
+    trusted = ssl.create_default_context(cafile=str(certificate[0]))
+    limits = Limits(head_seconds=0.5)
+    with bind("127.0.0.1", 0) as own, served(folder, KeyRing(file), limits, tls=certificate, metrics=own) as (url, _):
+        address = f"https://127.0.0.1:{own.getsockname()[1]}"
+        with httpx.Client(verify=trusted) as client:
+            assert client.get(f"{address}/metrics").status_code == 401
+            assert client.get(f"{address}/metrics", headers=bearer(keys["use"])).status_code == 403
+            answer = client.get(f"{address}/metrics", headers=bearer(keys["metrics"]))
+            assert answer.status_code == 200 and "lightship:" in answer.text and "server" not in answer.headers
+            beside = client.get(url.replace("http:", "https:") + "/metrics", headers=bearer(keys["metrics"]))
+            assert beside.status_code == 404
+        with trusted.wrap_socket(dial(address), server_hostname="127.0.0.1") as slow:
+            assert status_of(until_closed(slow)) == (408, "request_timeout")
 
 
 def test_files_for_tls_are_looked_at_first(tmp_path, certificate):

@@ -405,7 +405,9 @@ SERVE = """
 import pathlib, sys
 from lightship.serving import server
 from lightship.bundle import Bundle
+from lightship.report import Report
 
+Bundle.report = Report(())
 folder = pathlib.Path(sys.argv[1])
 Bundle.open = staticmethod(lambda path: Bundle(folder, {"name": "fake", "targets": ["fake"]}, "0" * 64))
 Bundle.target_folder = lambda self, name: folder

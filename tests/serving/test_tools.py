@@ -385,7 +385,11 @@ def test_names_of_functions_are_bounded(name):
         tools_of({"name": name})
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "{", "NaN", '{"a": NaN}', "[" * 100_000, '{"a": ' * 100_000])
+@pytest.mark.parametrize(
+    "arguments",
+    ["[1]", "{", "NaN", '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "[" * 100_000, '{"a": ' * 100_000],
+    ids=lambda text: text[:20],
+)
 def test_arguments_that_are_no_object(arguments):
     call = AssistantToolCall.model_validate({"id": "x", "function": {"name": "a", "arguments": arguments}})
     with pytest.raises(RequestError) as found:

@@ -40,7 +40,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Refuse echo with logprobs, for which the model is loaded a second time."),
         click.option("--reproducible", is_flag=True,
                      help="Same seed, same answer under any load: all arithmetic in float32, the cache too, and no "
-                     "prefix cache. Slower, and four times the memory a token."),
+                     "prefix cache. Slower, and three to four times the memory a token."),
         click.option("--stall", default=60.0, show_default=True, type=SECONDS,
                      help="Seconds without a step after which the engine is started again."),
         click.option("--max-memory", type=click.FloatRange(min=0.1),

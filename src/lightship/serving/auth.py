@@ -116,17 +116,20 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, keys: KeyRing, tls: bool, behind_proxy: bool) -> None:
-    """Raise `UsageError` where others could reach `host` and there is no key, or the key would travel in the clear."""
-    if is_loopback(host):
+    """Raise `UsageError` where others can reach the server, at `host` or through a proxy, and there is no key, or the
+    key would travel in the clear."""
+    if is_loopback(host) and not behind_proxy:
         return
+    others = "a proxy makes the server reachable by others" if is_loopback(host) else (
+        f"{host or 'every address'} can be reached by others")  # fmt: skip
     if not keys.locked:
         raise UsageError(
-            f"{host or 'every address'} can be reached by others, and there is no key: anyone could use the server",
-            hint="`lightship keys create NAME` makes one; without keys serve on 127.0.0.1",
+            f"{others}, and there is no key: anyone could use it",
+            hint="`lightship keys create NAME` makes one; without keys serve on 127.0.0.1, for this machine alone",
         )
     if not (tls or behind_proxy):
         raise UsageError(
-            f"{host or 'every address'} can be reached by others, and keys and texts would travel unencrypted",
+            f"{others}, and keys and texts would travel unencrypted",
             hint="give --tls-cert FILE and --tls-key FILE, or --behind-proxy where a proxy in front ends TLS",
         )
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lightship.serving import errors
@@ -37,8 +36,9 @@ class Turnstile:
         if scope["type"] != "http" or scope["path"] in STILL_ANSWERED:
             await self._app(scope, receive, send)
         elif self._door.closing:
-            body = errors.envelope("the server is stopping", 503, None, "stopping")
-            await JSONResponse(body, 503, {"Retry-After": "1", "Connection": "close"})(scope, receive, send)
+            headers = {"Retry-After": "1", "Connection": "close"}
+            refusal = errors.failure("the server is stopping", 503, code="stopping", headers=headers)
+            await refusal(scope, receive, send)
         else:
             self._door.running += 1
             try:

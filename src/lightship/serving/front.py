@@ -22,8 +22,11 @@ from lightship.serving.journal import Journal, Sink, journal_to
 from lightship.serving.keys import KeyRing
 from lightship.serving.limits import HeadLimit
 from lightship.serving.metrics import Metrics, add_metrics, own_port
+from lightship.serving.protocol import protocol_with
 from lightship.serving.settings import ServeSettings
 from lightship.serving.ticket import Limits
+
+UNBATCHED = 8  # sequences in an engine that computes one at a time: a request may ask for as many
 
 
 class Front:
@@ -46,7 +49,10 @@ class Front:
             self._logger, self._sink = journal_to(settings.log)
 
     def loaded(self, stats: Mapping[str, Any]) -> None:
-        """Take the size of the KV cache from the engine, which knows it."""
+        """Take from the engine what only it knows: the size of its KV cache, and whether it computes one at a time.
+        Then few are let in: the others wait where turns are fair."""
+        if stats.get("batching") == "none":
+            self.admission.limits = replace(self.admission.limits, max_concurrent=UNBATCHED)
         if (blocks := stats.get("blocks")) is not None:
             self.admission.limits = replace(self.admission.limits, blocks=blocks, block_tokens=stats["block_tokens"])
 
@@ -61,6 +67,14 @@ class Front:
         guard(app, self._keys, self._settings.limits, self._local)
         errors.document(app, keyed=self._keys.locked)
         return Journal(app, self._logger, self._settings.log_prompts, self._metrics.answered)
+
+    @property
+    def listening(self) -> dict[str, Any]:
+        """What uvicorn is told for every port of the server: limits, TLS, and that nothing is guessed or given away."""
+        settings = self._settings
+        return {"http": protocol_with(settings.limits), "ws": "none", "log_level": "error", "access_log": False,
+                "server_header": False, "proxy_headers": False, "ssl_certfile": settings.tls_cert,
+                "ssl_keyfile": settings.tls_key}  # fmt: skip
 
     def _lost(self) -> int:
         return 0 if self._sink is None else self._sink.dropped
@@ -77,7 +91,7 @@ class Front:
                 yield
             else:
                 guarded = HeadLimit(Doorkeeper(self._metrics, self._keys, self._local))
-                async with own_port(guarded, bound):
+                async with own_port(guarded, bound, **self.listening):
                     yield
         finally:
             if self._sink is not None:

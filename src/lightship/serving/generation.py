@@ -129,7 +129,9 @@ class Generation:
         return _called(pieces, parser, self.calling.named)
 
     def _hidden(self) -> Collection[int] | None:
-        """The tokens that are no part of the text."""
+        """The tokens that are no part of the text; in an answer held to a grammar all are, since it counted them."""
+        if self.calling is None and any(params.grammar is not None for params in self.params):
+            return frozenset()
         if self.calling is None or self.model.tools is None:
             return None
         return self.model.tools.hidden(self.model.tokenizer, forced=self.calling.forced)

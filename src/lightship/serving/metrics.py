@@ -240,9 +240,10 @@ def _renamed(sample: Sample, family: str) -> Sample:
 
 
 @asynccontextmanager
-async def own_port(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
+async def own_port(app: ASGIApp, bound: socket.socket, **options: Any) -> AsyncIterator[None]:
     """Serve `app` on `bound` in the running event loop for as long as this is open: /metrics on a port of its own,
-    which a firewall can tell from the API's. Whoever opens it puts the same doorkeeper before `app` as before the API.
+    which a firewall can tell from the API's. Whoever opens it puts the same doorkeeper before `app` as before the API,
+    and gives uvicorn the same `options`: limits and TLS.
     """
 
     class Second(uvicorn.Server):
@@ -251,7 +252,7 @@ async def own_port(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
             """Signals belong to the first server."""
             yield
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=1, **options)
     server = Second(config)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     try:

@@ -170,7 +170,7 @@ class ChatRequest(Sampling):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
+    functions: Annotated[list[Any], Field(max_length=128)] | None = None
     function_call: Any = None
     metadata: Metadata | None = None  # labels of stored answers; none is stored
     store: bool | None = None
@@ -181,7 +181,7 @@ class ChatRequest(Sampling):
     service_tier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(max_length=10)] | None = None
     audio: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
@@ -244,17 +244,15 @@ TAKEN: dict[str, tuple[Any, ...]] = {
 
 
 PromptText = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[int], Field(min_length=1, max_length=1_000_000)]
+# Lists that only a union holds stop at the first fault: a million complaints would hold the server up for seconds.
+TokenIds = Annotated[list[int], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
+Prompts = Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: (
-        PromptText
-        | TokenIds
-        | Annotated[list[PromptText] | list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    prompt: PromptText | TokenIds | Annotated[list[PromptText], Prompts] | Annotated[list[TokenIds], Prompts]
     max_tokens: int | None = Field(None, ge=0, le=1_000_000)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
@@ -301,12 +299,14 @@ class PredictRequest(_Body):
 
 
 MANY = 2048  # inputs of one request, as OpenAI's API has it
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class ClassifyRequest(_Body):
     """POST /predict of a classifier: a text, or several."""
 
-    input: str | list[str]
+    input: str | Texts
 
     def inputs(self) -> list[str]:
         """The texts. Raises `RequestError` for none, an empty one, or more than `MANY`."""
@@ -323,7 +323,7 @@ class Question(_Body):
 class AnswerRequest(_Body):
     """POST /predict of an extractive question answerer."""
 
-    input: Question | list[Question]
+    input: Question | Annotated[list[Question], Field(fail_fast=True)]
 
     def inputs(self) -> list[Question]:
         """The questions. Raises `RequestError` for none, or more than `MANY`."""
@@ -334,7 +334,7 @@ class EmbeddingsRequest(_Body):
     """POST /v1/embeddings: texts, or token ids of this model, special tokens included."""
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=1000)

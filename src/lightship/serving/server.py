@@ -30,14 +30,13 @@ if TYPE_CHECKING:
     from lightship.serving.front import Front
 
 log = logging.getLogger("lightship.serving")
-UNBATCHED = 8  # requests that are let in to an engine which computes one at a time
 UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, before any model is loaded. Port 0 takes a free one. Raises `UsageError` when it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, asyncio sends small answers at once
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
@@ -128,9 +127,7 @@ class Serving:
 
         from lightship.serving.app import create_app
         from lightship.serving.draining import DrainingServer
-        from lightship.serving.protocol import protocol_with
 
-        settings = self.settings
         app = create_app(
             engine,
             add_routes,
@@ -139,18 +136,8 @@ class Serving:
             around=lambda: front.open(self.metrics),
             stopping=lambda: front.door.closing,
         )
-        config = uvicorn.Config(
-            front.stand_before(app, engine),
-            http=protocol_with(settings.limits),
-            ws="none",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ssl_certfile=settings.tls_cert,
-            ssl_keyfile=settings.tls_key,
-        )
-        return DrainingServer(config, front.door, engine.close, settings.drain), app
+        config = uvicorn.Config(front.stand_before(app, engine), **front.listening)
+        return DrainingServer(config, front.door, engine.close, self.settings.drain), app
 
 
 def url_of(bound: socket.socket, tls: bool = False) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -95,16 +95,13 @@ class AssistantToolCall(_Body):
     def plain(self, param: str) -> JSON:
         """For the chat template, which takes the arguments as an object. Raises `RequestError` when they are none."""
         try:
-            arguments = json.loads(self.function.arguments or "{}", parse_constant=_refuse_constant)
+            arguments = json.loads(self.function.arguments or "{}")
+            json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # no half of a character, no infinity
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             raise RequestError("the arguments of a tool call must be a JSON object", f"{param}.function.arguments")
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 AssistantToolCalls = Annotated[list[AssistantToolCall], Field(min_length=1, max_length=MANY)]
