@@ -213,6 +213,16 @@ def test_ranges_hold_exactly_their_integers(low, high):
     assert not re.fullmatch(body, "007")
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1), (-1, 1), (9, 99), (-50, -7), (3, 120), (-10, 0)])
+def test_ranges_hold_exactly_their_numbers(low, high):
+    body = number_range(low, high, False).replace('""', "").replace('"', "").replace(" ", "")
+    body = body.replace("fraction", r"(\.[0-9]{1,16})")
+    texts = [f"{value}{rest}" for value in range(low - 20, high + 21) for rest in ("", ".0", ".5", ".99")]
+    wrong = [text for text in texts if re.fullmatch(body, text) and not low <= float(text) <= high]
+    missing = [text for text in texts if low <= float(text) <= high and not re.fullmatch(body, text)]
+    assert wrong == [] and all(float(text) in (low, high) and "." in text for text in missing)
+
+
 # ── The process that compiles ───────────────────────────────────────────────
 
 
