@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,9 +16,12 @@ import pytest
 from lightship.cli.serve import REPRODUCIBLE
 from lightship.engine import EngineSettings
 from lightship.errors import UsageError
+from lightship.report import Report
 from lightship.serving.keys import KeyFile
 from lightship.serving.server import Serving, running, wait_ready
 from lightship.serving.settings import ServeSettings
+from lightship.serving.supervisor import Supervisor
+from tests.serving.door import model_folder
 from tests.serving.test_api import worker_pids
 
 LONG = {"prompt": "Once", "max_tokens": 1900, "temperature": 1, "seed": 1}
@@ -114,18 +118,38 @@ def test_an_address_for_others_needs_a_key_and_tls(tmp_path):
 # ── Admission ───────────────────────────────────────────────────────────────
 
 
+@contextlib.contextmanager
+def faked(folder, settings):
+    """The same with the FakeEngine, which takes five milliseconds a step, so that what runs is still there."""
+    model_folder(folder)
+    (folder / "fake.json").write_text(json.dumps({"slow": 0.005}))
+    bundle = SimpleNamespace(name="org/fake", digest="0" * 64, targets=["fake"], target_folder=lambda target: folder,
+                             report=Report(()))  # fmt: skip
+    with Serving(settings, "127.0.0.1", 0) as serving:
+        server, _ = serving.server(bundle, Supervisor("fake", serving.settings.engine, serving.settings.care))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [serving.bound]}, daemon=True)
+        thread.start()
+        try:
+            wait_ready(serving.url, 30, thread.is_alive)
+            yield serving.url
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
 @pytest.fixture(scope="module")
-def narrow(bundle_path):
+def narrow(tmp_path_factory):
     """One answer at a time, one request that waits, for two seconds at most."""
     settings = ServeSettings(keys=None, max_concurrent=1, max_queue=1, first_token_deadline=2)
-    with running(bundle_path, settings=settings) as url:
+    with faked(tmp_path_factory.mktemp("narrow"), settings) as url:
         yield url
 
 
 @contextlib.contextmanager
 def occupied(url):
-    """A stream that holds the only place as long as nobody reads it to its end."""
-    with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
+    """A stream that holds the only place."""
+    body = {"prompt": "a", "max_tokens": 100_000, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         yield lines
@@ -150,10 +174,10 @@ def test_more_choices_than_places_never_fit(narrow):
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
 
 
-def test_two_hundred_leave_at_once_and_one_is_answered(bundle_path):
-    with running(bundle_path, settings=ServeSettings(keys=None)) as url:
+def test_two_hundred_leave_at_once_and_one_is_answered(tmp_path):
+    with faked(tmp_path, ServeSettings(keys=None)) as url:
         place = httpx.URL(url)
-        body = json.dumps({**LONG, "stream": True}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
         sockets = [socket.create_connection((place.host, place.port), 10) for _ in range(200)]

@@ -17,7 +17,7 @@ from fastapi import Response
 from uvicorn.protocols.http import h11_impl
 
 from lightship.serving import limits as limiting
-from lightship.serving.limits import BODY_LIMIT, DEPTH, Limits, complaint, too_deep
+from lightship.serving.limits import BODY_LIMIT, DEPTH, Limits, complaint, parts_of, too_deep
 from lightship.serving.protocol import DoorProtocol
 from lightship.serving.server import bind
 from tests.serving.door import dial, healthy, model_folder, post, served, status_of, until_closed, wait_for
@@ -383,6 +383,13 @@ def test_numbers_that_json_does_not_have(word):
         assert complaint(text.encode()) is not None, text
     for text in (f'"{word}"', f'{{"a\\"{word}": "{word}\\\\"}}', f'"x{word}\\"{word}"'):
         assert complaint(text.encode()) is None, text
+
+
+def test_parts_are_counted_outside_of_texts():
+    assert parts_of(b'{"a:[{": [[], {"b": "::\\\\\\":"}], "c": 1}') == 2 + 2 + 3
+    most = limiting.PARTS - 1
+    assert complaint(b"[" + b"[]," * (most - 1) + b"[]]") is None
+    assert complaint(b"[" + b"[]," * most + b"[]]") is not None
 
 
 def slow_depth(text):

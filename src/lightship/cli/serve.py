@@ -33,6 +33,9 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-concurrent", default=64, show_default=True, type=click.IntRange(1),
                      help="Answers computed together at most."),
         click.option("--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that wait."),
+        click.option("--max-body", default=2, show_default=True, type=click.IntRange(1, 8), help="MiB of a request."),
+        click.option("--max-connections", default=500, show_default=True, type=click.IntRange(1),
+                     help="Open at the same time; those beyond are refused."),
         click.option("--first-token", default=60.0, show_default=True, type=SECONDS,
                      help="Seconds until the first token, the queue included; then 503."),
         click.option("--max-time", type=SECONDS, help="Seconds for a whole answer (default: no limit)."),
@@ -78,6 +81,7 @@ def _settings(**given: Any) -> Any:
 
     from lightship.engine import EngineSettings
     from lightship.serving.keys import usual_path
+    from lightship.serving.limits import Limits
     from lightship.serving.settings import ServeSettings
     from lightship.serving.supervisor import Care
 
@@ -99,6 +103,7 @@ def _settings(**given: Any) -> Any:
         total_deadline=given["max_time"],
         scoring=not given["no_scoring"],
         drain=given["drain"],
+        limits=Limits(body=given["max_body"] * 2**20, connections=given["max_connections"]),
         metrics_port=given["metrics_port"],
         vllm_names=given["vllm_names"],
         log=given["log"],

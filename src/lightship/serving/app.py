@@ -108,13 +108,13 @@ def create_app(
 
 
 def _health(app: FastAPI, engine: Served) -> None:
-    @app.get("/livez")
+    @app.api_route("/livez", methods=["GET", "HEAD"])
     async def livez() -> Response:
         if engine.live:
             return JSONResponse({"status": "alive"})
         return JSONResponse({"status": "stuck", "reason": engine.failure}, 503)
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> Response:
         if app.state.stopping():
             return JSONResponse({"status": "stopping", "reason": None}, 503)

@@ -17,7 +17,7 @@ BODY_LIMIT = 2 * 2**20
 HEADER_BYTES = 64 * 2**10
 HEADER_LINES = 100
 DEPTH = 64  # of nested lists and objects
-FIELDS = 20_000  # of all objects together; checking a field that is not known costs more than the bytes that name it
+PARTS = 20_000  # fields, lists and objects together; each costs the parser and the checks far more than its bytes
 BLOCK = 64 * 2**10  # bytes whose nesting is counted in one go
 
 
@@ -130,11 +130,16 @@ def complaint(body: bytes) -> Failure | None:
         valid = not any((outside == ord("N")).any() or (outside == ord("I")).any() for outside in _outside(body))
     if not valid:
         return failure("the body is not valid JSON in UTF-8", 400, None, "invalid_json")
-    if body.count(b":") > FIELDS and sum(int((outside == ord(":")).sum()) for outside in _outside(body)) > FIELDS:
-        return failure(f"the body has more than {FIELDS} fields", 400, None, "invalid_json")
+    if sum(map(body.count, (b":", b"[", b"{"))) > PARTS and parts_of(body) > PARTS:
+        return failure(f"the body has more than {PARTS} fields, lists and objects", 400, None, "invalid_json")
     if body.count(b"[") + body.count(b"{") > DEPTH and too_deep(body):
         return failure(f"the body nests more than {DEPTH} lists or objects", 400, None, "invalid_json")
     return None
+
+
+def parts_of(body: bytes) -> int:
+    """How many fields, lists and objects there are."""
+    return sum(int(((outside == ord(":")) | ((outside | 0x20) == ord("{"))).sum()) for outside in _outside(body))
 
 
 def too_deep(body: bytes) -> bool:
