@@ -126,8 +126,9 @@ def test_the_error_of_one_choice_ends_the_others(model):
     engine = Script(deaths=(2,), after=1)
 
     async def run():
-        with pytest.raises(EngineError):
-            await collect(generation(engine, model, n=3, tokens=1000))
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineError):
+                await collect(generation(engine, model, n=3, tokens=10**9))
         return engine.running
 
     assert asyncio.run(run()) == 0
@@ -137,10 +138,11 @@ def test_leaving_cancels_every_choice(model):
     engine = Script()
 
     async def run():
-        pieces = generation(engine, model, n=4, tokens=1000).pieces()
+        pieces = generation(engine, model, n=4, tokens=10**9).pieces()
         await anext(pieces)
         assert engine.running == 4
-        await pieces.aclose()
+        async with asyncio.timeout(5):
+            await pieces.aclose()
         return engine.running
 
     assert asyncio.run(run()) == 0
@@ -164,7 +166,8 @@ def test_nothing_is_said_while_nothing_comes_and_leaving_then_ends_the_source():
         while found[-1] != 2:
             found.append(await anext(source))
         found.append(await anext(source))
-        await source.aclose()
+        async with asyncio.timeout(5):
+            await source.aclose()
         return found
 
     found = asyncio.run(run())

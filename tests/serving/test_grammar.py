@@ -16,7 +16,7 @@ import pytest
 from lightship.engine import EngineSettings, GenerationParams, Grammar
 from lightship.errors import RequestError
 from lightship.find import find
-from lightship.serving.grammar import Grammars
+from lightship.serving.grammar import USES, Grammars
 from lightship.serving.json_schema import MOST_BYTES, any_object, number_range, to_grammar
 from lightship.serving.patterns import Untranslatable, translate
 from lightship.serving.server import running
@@ -153,6 +153,7 @@ REFUSED = [
     ({"type": "object", "required": ["a"]}, "required"), ({"type": "object", "patternProperties": {}}, "patternProp"),
     ({"type": "string", "pattern": "a", "maxLength": 2}, "maxLength"), ({"type": "string", "format": "idn"}, "format"),
     ({"$ref": "http://192.0.2.1/x"}, "ref"), ({"$ref": "#/$defs/none"}, "nothing"), ({"$ref": "#/properties/a"}, "ref"),
+    ({"$ref": "#"}, "leads back"), ({"anyOf": [BOOLEAN, {"$ref": "#"}]}, "leads back"),
     ({"type": "text"}, "type must be"), (integer(minimum=3, maximum=2), "bounds"),
     ({"type": "string", "enum": [1]}, "enum"),
     ({"properties": {"a": False}, "type": "object"}, "false"), ({"do-not-echo": 1}, "an unknown keyword"),
@@ -212,6 +213,16 @@ def test_ranges_hold_exactly_their_integers(low, high):
     assert not re.fullmatch(body, "007")
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1), (-1, 1), (9, 99), (-50, -7), (3, 120), (-10, 0)])
+def test_ranges_hold_exactly_their_numbers(low, high):
+    body = number_range(low, high, False).replace('""', "").replace('"', "").replace(" ", "")
+    body = body.replace("fraction", r"(\.[0-9]{1,16})")
+    texts = [f"{value}{rest}" for value in range(low - 20, high + 21) for rest in ("", ".0", ".5", ".99")]
+    wrong = [text for text in texts if re.fullmatch(body, text) and not low <= float(text) <= high]
+    missing = [text for text in texts if low <= float(text) <= high and not re.fullmatch(body, text)]
+    assert wrong == [] and all(float(text) in (low, high) and "." in text for text in missing)
+
+
 # ── The process that compiles ───────────────────────────────────────────────
 
 
@@ -249,6 +260,22 @@ def test_compiling_says_what_is_wrong_and_survives_what_is_monstrous(folder):
         return spent
 
     assert asyncio.run(run()) < 30
+
+
+def test_a_process_that_has_compiled_much_is_no_stricter(folder):
+    """And what is over its uses is replaced: compilers keep what they compiled."""
+
+    async def run():
+        grammars = Grammars("openvino", folder)
+        large = Grammar("regex", "[a-z]{0,9}" * 20)
+        pids = set()
+        for number in range(USES + 2):
+            await grammars.check(Grammar("regex", f"{number}{large.text}"), "x")
+            pids.add(grammars._child.pid)
+        await grammars.close()
+        return len(pids)
+
+    assert asyncio.run(run()) == 2
 
 
 def test_leaving_while_it_compiles_does_not_mix_the_answers_up(folder):
@@ -311,10 +338,7 @@ def test_any_json_object_and_text(url):
 
 def test_bad_schemas_beside_healthy_answers(url):
     """Each gets its 400, and nothing that runs is disturbed."""
-    large = {
-        "type": "object",
-        "properties": {f"p{place}": {"type": "string", "maxLength": 9000} for place in range(400)},
-    }
+    large = pattern("^(?:(?:(?:[ab]{1000}c){1000}d){1000}e){1000}$")
     bad = [
         *map(formatted, ({"not": {}}, pattern("("), nested(60), {"$ref": "http://192.0.2.1/s"}, large)),
         {"type": "json_schema"},

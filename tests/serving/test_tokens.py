@@ -23,6 +23,14 @@ def llama_like() -> Tokenizer:
     return tokenizer
 
 
+def gemma_like() -> Tokenizer:
+    """The same without a space before the first word, which is then kept where there is one."""
+    tokenizer = llama_like()
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
 def byte_level() -> Tokenizer:
     tokenizer = Tokenizer.from_str(_trained("bpe", 512))
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("漢字", special=False)])
@@ -38,7 +46,8 @@ def metaspace() -> Tokenizer:
 
 CASES = [
     (byte_level, TEXT), (byte_level, "<think> 漢字 </think><|end|>x"), (byte_level, " begins with a space"),
-    (llama_like, TEXT), (llama_like, "a and  and a"), (llama_like, " and a"), (metaspace, "a nad a"),
+    (llama_like, TEXT), (llama_like, "a and  and a"), (llama_like, " and a"), (gemma_like, " and a"),
+    (metaspace, "a nad a"),
 ]  # fmt: skip
 
 
@@ -93,11 +102,12 @@ def test_part_of_a_character_is_named_by_its_bytes():
 def test_the_alternatives_hold_the_token_that_came_and_lose_none():
     """Two tokens may look alike: the second keeps its place under its number."""
     tokenizer = byte_level()
-    tokenizer.add_tokens([AddedToken("a", special=False)])
+    tokenizer.add_tokens([AddedToken(" in", special=False)])
     about = TokenBytes(tokenizer)
     a, b, special = (tokenizer.token_to_id(piece) for piece in ("a", "b", "<|end|>"))
     token = Line(about).add(b, -3.0, ((a, -1.0), (special, -2.0)))
     assert as_legacy([token], about)["top_logprobs"] == [{"b": -3.0, "a": -1.0, "<|end|>": -2.0}]
-    twin = tokenizer.token_to_id("漢字")
-    token = Line(about).add(twin, -3.0, ((twin, -3.0),))
-    assert as_legacy([token], about)["top_logprobs"] == [{"漢字": -3.0}]
+    twins = [tokenizer.token_to_id("Ġin"), tokenizer.token_to_id(" in")]
+    assert None not in twins and about.name(twins[0]) == about.name(twins[1]) == " in"
+    token = Line(about).add(b, -3.0, ((twins[0], -1.0), (twins[1], -2.0)))
+    assert as_legacy([token], about)["top_logprobs"] == [{"b": -3.0, " in": -1.0, f"token_id:{twins[1]}": -2.0}]

@@ -21,7 +21,8 @@ MOST_BYTES = 512 * 2**10  # of a grammar
 SECONDS = 3  # of processor time for one grammar; as long stands the engine still when it compiles it
 WALL = 10.0  # seconds for one grammar, other processes of a busy machine included
 MEMORY = 1 << 30  # bytes that compiling may take on top of what the process has
-USES = 200  # grammars until a new process, since compilers keep what they compiled
+KEPT = 64 * 2**20  # bytes that a compiled grammar may take: the engine keeps each as long as it lives
+USES = 100  # grammars until a new process, since the compiler here keeps them too
 REMEMBERED = 1000  # verdicts
 
 
@@ -75,16 +76,18 @@ class Grammars:
 def _load(target: str, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     compiler: Compiles = find("targets", target).open_compiler(folder)
     compiler.compile(Grammar("ebnf", 'root ::= "a"'))  # what the first one costs is not the client's
-    _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
 
     def reply(question: dict[str, Any]) -> dict[str, Any]:
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + SECONDS)
+        whole, resident = _memory()
+        _limit(resource.RLIMIT_AS, whole + MEMORY)
         try:
             compiler.compile(Grammar(question["kind"], question["text"]))
         except RuntimeError as error:
             return {"error": _cleaned(str(error))}
-        return {"error": None}
+        taken = _memory()[1] - resident
+        return {"error": f"it is too costly: compiled it takes {taken >> 20} MiB" if taken > KEPT else None}
 
     return reply
 
@@ -94,9 +97,10 @@ def _limit(what: int, value: int) -> None:
     resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
 
 
-def _address_space() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize()
+def _memory() -> tuple[int, int]:
+    """Bytes of this process: its address space, and what of it is in memory."""
+    whole, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(whole) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
 def _cleaned(reason: str) -> str:

@@ -84,7 +84,9 @@ class _Translation:
     def __init__(self, root: JSON, param: str) -> None:
         self._root, self._param = root, param
         self._rules: dict[str, str] = {"root": ""}
+        self._known: dict[str, str] = {}  # body → rule
         self._references: dict[str, str] = {}
+        self._opening: set[str] = set()  # references that are followed, with nothing written between
         self._left = {"subschemas": MOST_NODES, "properties": MOST_PROPERTIES, "enum values": MOST_VALUES}
 
     def text(self) -> str:
@@ -104,8 +106,11 @@ class _Translation:
             self._refuse(f"it has too many {what}", "schema_too_large")
 
     def _rule(self, body: str) -> str:
-        name = f"r{len(self._rules)}"
+        """The rule with this body, one for all places; an empty one is a new rule whose body comes later."""
+        name = self._known.get(body) or f"r{len(self._rules)}"
         self._rules[name] = body
+        if body:
+            self._known[body] = name
         return name
 
     # ── What a schema is ────────────────────────────────────────────────────
@@ -129,6 +134,13 @@ class _Translation:
                 self._unsupported(f"{_shown(min(keys))} is not enforced without a type")
             return "value"
         return self._typed(schema, keys, [kinds] if isinstance(kinds, str) else kinds, depth)
+
+    def _member(self, schema: Any, depth: int) -> str:
+        """The rule of what stands within an object or a list."""
+        around, self._opening = self._opening, set()
+        found = self._rule(self._any(schema, depth + 1))
+        self._opening = around
+        return found
 
     def _choice(self, schema: JSON, keys: set[str], chosen: list[str], depth: int) -> str:
         key = chosen[0]
@@ -178,6 +190,8 @@ class _Translation:
     def _reference(self, pointer: Any) -> str:
         if not isinstance(pointer, str) or not re.fullmatch(r"#|#/(\$defs|definitions)/[^/~%]{1,200}", pointer):
             self._unsupported("$ref may point to # and into #/$defs or #/definitions only")
+        if pointer in self._opening:
+            self._refuse("a $ref leads back to itself")
         if pointer not in self._references:
             target: Any = self._root
             for part in pointer.split("/")[1:]:
@@ -185,7 +199,9 @@ class _Translation:
             if target is None:
                 self._refuse("a $ref points to nothing")
             name = self._references[pointer] = self._rule("")
+            self._opening.add(pointer)
             self._rules[name] = self._any(target, 1)
+            self._opening.discard(pointer)
         return self._references[pointer]
 
     def _disjoint(self, options: Sequence[Any]) -> bool:
@@ -294,13 +310,13 @@ class _Translation:
             self._refuse("prefixItems must be a list")
         if high is not None and high < len(first):
             self._unsupported("maxItems below the number of prefixItems is not enforced")
-        parts = [self._rule(self._any(item, depth + 1)) for item in first]
+        parts = [self._member(item, depth) for item in first]
         rest = schema.get("items", True)
         if rest is False or (high is not None and high == len(first)):
             if low > len(first):
                 self._refuse("minItems is more than the items that are allowed")
             return '"[" ws ' + ' ws "," ws '.join(parts) + (" ws " if parts else "") + '"]"'
-        item = self._rule(self._any(rest, depth + 1))
+        item = self._member(rest, depth)
         low, high = max(low - len(first), 0), None if high is None else high - len(first)
         if parts:
             more = f' (ws "," ws {item}){{{low},{"" if high is None else high}}}'
@@ -325,7 +341,7 @@ class _Translation:
         extra = schema.get("additionalProperties", True)
         if extra is False or high == 0:
             return '"{" ws "}"'
-        pair = self._rule(f'string ws ":" ws ({self._any(extra, depth + 1)})')
+        pair = self._rule(f'string ws ":" ws {self._member(extra, depth)}')
         pairs = f'{pair} (ws "," ws {pair}){{0,{"" if high is None else high - 1}}} ws'
         return f'"{{" ws {pairs} "}}"' if low else f'"{{" ws ({pairs})? "}}"'
 
@@ -334,7 +350,7 @@ class _Translation:
         (`here`), and what follows it (`then`)."""
         here, then, needed = "", '""', False
         for name, schema in reversed(properties.items()):
-            value = self._rule(self._any(schema, depth + 1))
+            value = self._member(schema, depth)
             key = literal(json.dumps(name, ensure_ascii=False))
             skipped = f" | {here}" if here and name not in required else ""
             here = self._rule(f'{key} ws ":" ws {value} ws {then}{skipped}')

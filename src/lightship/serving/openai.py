@@ -71,7 +71,7 @@ def add_routes(
             wanted = (calling.callable, calling.forced, calling.parallel)
             grammar = Grammar("tags", await asyncio.to_thread(model.tools.grammar, *wanted))
             await compiled(grammar, "tools", request)
-        params = body.params(model.room(tokens, body.limit(), "messages"), grammar)
+        params = body.params(model.room(tokens, body.limit(), "messages"), body.wants_logprobs(), grammar)
         generation = Generation(engine, model, [tokens], [params], body.choices(), body.stops(), calling)
         shape = Chat("chatcmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs(),
                      calling is not None)  # fmt: skip
@@ -81,7 +81,7 @@ def add_routes(
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check(body)
         prompts = [await asyncio.to_thread(model.prompt_tokens, prompt) for prompt in body.prompts()]
-        params = [body.params(model.room(tokens, body.limit(), "prompt")) for tokens in prompts]
+        params = [body.params(model.room(tokens, body.limit(), "prompt"), body.wants_logprobs()) for tokens in prompts]
         generation = Generation(engine, model, prompts, params, body.choices(), body.stops())
         shape = Completion("cmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs())
         if body.echo:

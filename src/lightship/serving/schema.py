@@ -59,11 +59,7 @@ class Sampling(_Body):
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else (self.stop or [])
 
-    def wants_logprobs(self) -> bool:
-        """Whether the tokens are to be given with their log-probabilities."""
-        raise NotImplementedError
-
-    def params(self, max_tokens: int, grammar: Grammar | None = None) -> GenerationParams:
+    def params(self, max_tokens: int, logprobs: bool, grammar: Grammar | None = None) -> GenerationParams:
         """For the engine. The temperature defaults to 1, as in OpenAI's API."""
         return GenerationParams(
             max_tokens=max_tokens,
@@ -75,7 +71,7 @@ class Sampling(_Body):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
-            logprobs=self.wants_logprobs(),
+            logprobs=logprobs,
             grammar=grammar,
         )
 
@@ -192,6 +188,7 @@ class ChatRequest(Sampling):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def wants_logprobs(self) -> bool:
+        """Whether the tokens are to be given with their log-probabilities."""
         return bool(self.logprobs)
 
     def grammar(self) -> Grammar | None:
@@ -269,6 +266,7 @@ class CompletionRequest(Sampling):
         return 16 if self.max_tokens is None else self.max_tokens
 
     def wants_logprobs(self) -> bool:
+        """Whether the tokens are to be given with their log-probabilities."""
         return self.logprobs is not None
 
     def scores_prompt(self) -> bool:
