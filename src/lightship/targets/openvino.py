@@ -481,8 +481,8 @@ class OpenVINOEngine:
     def stats(self) -> dict[str, Any]:
         usage = self._pipeline.get_metrics().cache_usage / 100 if self._running else 0.0  # it is stale when idle
         return {"running": len(self._running), "waiting": len(self._waiting), "context": self.context,
-                "vocabulary": self.vocabulary, "batching": BATCHING, "blocks": self._blocks, "block_tokens": BLOCK_TOKENS,
-                "cache_usage": usage}  # fmt: skip
+                "vocabulary": self.vocabulary, "batching": BATCHING, "blocks": self._blocks,
+                "block_tokens": BLOCK_TOKENS, "cache_usage": usage}  # fmt: skip
 
     def close(self) -> None:
         for request_id in list(self._running):
