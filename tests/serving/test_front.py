@@ -139,8 +139,8 @@ def faked(folder, settings):
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
-    """One answer at a time, one request that waits, for two seconds at most."""
-    settings = ServeSettings(keys=None, max_concurrent=1, max_queue=1, first_token_deadline=2)
+    """One answer at a time, one request that waits, for six seconds at most."""
+    settings = ServeSettings(keys=None, max_concurrent=1, max_queue=1, first_token_deadline=6)
     with faked(tmp_path_factory.mktemp("narrow"), settings) as url:
         yield url
 
@@ -160,10 +160,9 @@ def test_who_waits_too_long_is_told_and_who_is_too_many_is_told_at_once(narrow):
     with concurrent.futures.ThreadPoolExecutor(2) as pool, occupied(narrow):
         waiting = pool.submit(post, narrow, body)
         time.sleep(0.5)
-        began = time.monotonic()
         refused = post(narrow, body)
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "overloaded"
-        assert int(refused.headers["retry-after"]) >= 1 and time.monotonic() - began < 1.4
+        assert int(refused.headers["retry-after"]) >= 1 and not waiting.done()
         late = waiting.result()
     assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"
     assert post(narrow, body).status_code == 200  # the one that left has given its place back
