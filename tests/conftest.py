@@ -1,8 +1,10 @@
 """No test reaches the network, and no library reports home."""
 
 import os
+import tempfile
 
 os.environ.update(
+    XDG_CONFIG_HOME=tempfile.mkdtemp(),  # whoever runs the tests may have keys, which would lock every server here
     CI="true",  # keeps `import openvino` from reporting home where a test imports it before lightship does
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

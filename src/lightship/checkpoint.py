@@ -29,13 +29,14 @@ LLAMA_PARTS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.head_dim",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+TOOL_USE = "additional_chat_templates/tool_use.jinja"  # the template for chats with tools, where it is one of its own
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "*.model",
+    "vocab.json", "merges.txt", "*.model", TOOL_USE,
 )  # fmt: skip
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "special_tokens_map.json", "structure.json", "modules.json", "sentence_bert_config.json",
+    TOOL_USE, "special_tokens_map.json", "structure.json", "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ class Checkpoint:
             if makes and path.is_file():
                 with path.open("rb") as file:
                     total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        for name in module_files(self.folder):
+        for name in [*module_files(self.folder), *([TOOL_USE] if (self.folder / TOOL_USE).is_file() else [])]:
             total.update(f"{name}\0{sha256(self.folder / name)}\n".encode())
         return total.hexdigest()
 
@@ -471,7 +472,9 @@ def save(
     model.save_pretrained(folder)
     for pattern in TOKENIZER_FILES:
         for path in sorted(tokenizer_files_from.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
+            place = folder / path.relative_to(tokenizer_files_from)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
     structure = structure_of(model)
     if structure is not None:
         write_json(folder / "structure.json", {"version": STRUCTURE_VERSION, "layers": structure})

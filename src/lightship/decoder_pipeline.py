@@ -33,7 +33,9 @@ from lightship.output import appear
 from lightship.papers import manifest_of, report_of, write_papers
 from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report
+from lightship.serving import tools
 from lightship.sources import look
+from lightship.template import load_template
 from lightship.work import Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
@@ -320,7 +322,9 @@ def seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> B
     """Seal the bundle beside `out`, then let it appear under its name in one rename."""
     work.announce("pack")
     gated, content, target = built.gated, folder / "content", Run(recipe, work).name
-    shutil.copytree(gated.folder, content / "targets" / target)
+    runtime = shutil.copytree(gated.folder, content / "targets" / target)
+    if family := tools.record(load_template(runtime), runtime):
+        work.say(f"its chat template calls functions as {family} does")
     replay.write(divergence.reopen(gated.original.folder), content / "golden")
     write_papers(content, recipe, report_of(recipe, gated.checkpoint, gated.texts.describe, built.metrics))
     bundle = pack(content, manifest_of(recipe, gated.checkpoint, out.name, [target]))

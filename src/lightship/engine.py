@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -10,11 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "tags"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text must be: JSON of the schema `text`, any JSON object, a match of a regular expression, a sentence of
+    an EBNF grammar whose start is `root`, or structural tags (xgrammar's JSON). An engine that cannot hold an answer to
+    it raises `RequestError`."""
+
+    kind: GrammarKind
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen."""
+    """How to generate. `temperature` 0 is greedy; `seed` only matters above 0; `stop_token_ids` end the text unseen.
+
+    `logprobs` asks for the log-probability of each chosen token: the model's own over the whole vocabulary, before
+    penalties, temperature and grammar.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -28,12 +46,14 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """How to open a model for generation. None leaves the choice to the runtime folder's `engine.json`, then to the
-    runtime. `kv_cache_gb` is the memory for keys and values in whole GiB; precisions are `f32`, `bf16`, `u8`, ….
+    runtime. `max_num_seqs` requests are computed together at most; `kv_cache_gb` is the memory for keys and values in
+    whole GiB; precisions are `f32`, `bf16`, `u8`, ….
     """
 
     kv_cache_gb: int = 1
@@ -121,19 +141,31 @@ class _FakeRequest:
     tokens: list[int]
     params: GenerationParams
     produced: int = 0
+    steps: int = 0
 
 
 @dataclass
 class FakeEngine:
     """Generates `(last + 1) mod vocabulary`, one token a step: no model, the whole protocol. For tests of servers.
 
-    `fail_after` steps it raises, as a real engine does when it dies.
+    Its faults are those of real engines: after `fail_after` steps it raises, after `hang_after` a step never returns,
+    after `segfault_after` its process is gone; a step takes `slow` seconds and leaks `leak` bytes; a prompt takes
+    `prefill` steps that give no token.
+
+    With a `script` it says these tokens, over and over, whatever it is asked.
     """
 
     vocabulary: int = 256
     context: int = 2048
     eos_token_id: int | None = None
     fail_after: int | None = None
+    hang_after: int | None = None
+    segfault_after: int | None = None
+    slow: float = 0.0
+    prefill: int = 0
+    leak: int = 0
+    script: tuple[int, ...] = ()
+    _leaked: list[bytes] = field(default_factory=list)
     _requests: dict[int, _FakeRequest] = field(default_factory=dict)
     _next_id: int = 0
     _steps: int = 0
@@ -143,13 +175,29 @@ class FakeEngine:
         self._requests[self._next_id] = _FakeRequest(list(tokens), params)
         return self._next_id
 
-    def step(self) -> list[Event]:
+    def _fault(self) -> None:
         self._steps += 1
+        if self.slow:
+            time.sleep(self.slow)
+        if self.leak:
+            self._leaked.append(b"x" * self.leak)  # not zeros: those take no memory until they are read
         if self.fail_after is not None and self._steps > self.fail_after:
             raise RuntimeError("the fake engine was told to fail")
+        if self.segfault_after is not None and self._steps > self.segfault_after:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while self.hang_after is not None and self._steps > self.hang_after:
+            time.sleep(60)
+
+    def step(self) -> list[Event]:
+        self._fault()
         events = []
         for request_id, request in list(self._requests.items()):
+            request.steps += 1
+            if request.steps <= self.prefill:
+                continue
             token = (request.tokens[-1] + 1) % self.vocabulary
+            if self.script:
+                token = self.script[request.produced % len(self.script)]
             stops = (*request.params.stop_token_ids, self.eos_token_id)
             if token in stops and not request.params.ignore_eos:
                 events.append(Event(request_id, finish_reason="stop"))

@@ -15,6 +15,7 @@ LightshipError
 │   └── TamperedBundle
 └── EngineError           the running engine failed                  exit 2   HTTP 500
     ├── Overloaded                                                            HTTP 429
+    ├── Timeout           waited longer than its deadline                      HTTP 503
     └── EngineDied                                                            HTTP 503
 """
 
@@ -109,10 +110,36 @@ class EngineError(LightshipError):
     """The engine failed while running."""
 
 
+class ClientLeft(EngineError):
+    """The client closed the connection before its answer was complete: there is nobody left to tell."""
+
+    http_status = 499
+
+
 class Overloaded(EngineError):
-    """No room for another request now."""
+    """No room for another request now. `retry_after`: whole seconds after which one more try makes sense; `reason`: the
+    limit that was met (`queue_full`, `requests_per_minute`, `tokens_per_minute`). `code` and `kind` (OpenAI's `type`)
+    go into the envelope; None leaves them to the table."""
 
     http_status = 429
+    retry_after: int | None = None
+    code: str | None = None
+    kind: str | None = None
+
+    def __init__(self, message: str, retry_after: int | None = None, reason: str = "queue_full") -> None:
+        super().__init__(message)
+        self.reason = reason
+        if retry_after is not None:
+            self.retry_after = retry_after
+        if reason != "queue_full":
+            self.code, self.kind = "rate_limit_exceeded", reason.removesuffix("_per_minute")
+
+
+class Timeout(EngineError):
+    """A request waited or ran longer than its deadline; `code` for OpenAI's envelope."""
+
+    http_status = 503
+    code = "timeout"
 
 
 class EngineDied(EngineError):

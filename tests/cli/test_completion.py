@@ -1,5 +1,6 @@
 """Shell completion: the script a shell reads, and what is answered when it asks."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -62,3 +63,14 @@ def test_bash_completes_with_it(tmp_path):
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["ship", "show"], done.stderr
+
+
+def test_the_verbs_of_a_verb(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert completed("keys", "") == ["plain,create", "plain,list", "plain,revoke"]
+    assert completed("keys", "create", "x", "--scope", "m") == ["plain,metrics"]
+    assert completed("keys", "revoke", "") == []
+    name = json.loads(lightship("keys", "create", "alice", "--json").stdout)["id"]
+    assert completed("keys", "revoke", "") == ["plain,alice", f"plain,{name}"]
+    other = tmp_path / "other.json"
+    assert completed("keys", "revoke", "--keys", str(other), "") == []

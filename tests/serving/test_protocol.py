@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,12 +21,17 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lightship.engine import EngineSettings, GenerationParams
-from lightship.errors import EngineDied
-from lightship.serving.app import BODY_LIMIT, create_app
-from lightship.serving.model import ServedModel
+from lightship.errors import ContextTooLong, EngineDied
+from lightship.serving import openai as routes
+from lightship.serving.app import create_app
+from lightship.serving.auth import guard
+from lightship.serving.keys import KeyRing
+from lightship.serving.limits import BODY_LIMIT, Limits
+from lightship.serving.model import DEFAULT_MAX_TOKENS, ServedModel, fingerprint
+from lightship.serving.schema import ChatRequest, CompletionRequest
 from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.supervisor import Supervisor
 from lightship.serving.text import TextStream
-from lightship.serving.worker import Worker
 from lightship.tokenizer import load_tokenizer
 
 CONTEXT = 4_000_000
@@ -59,9 +65,11 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def served(folder):
-    worker = Worker("fake", EngineSettings())
+    worker = Supervisor("fake", EngineSettings())
     worker.load(folder)
-    app = create_app(worker, ServedModel.load("org/fake", "0" * 64, folder))
+    model = ServedModel.load("org/fake", "0" * 64, folder)
+    app = create_app(worker, lambda app: routes.add_routes(app, worker, model))
+    guard(app, KeyRing(None), Limits())
     with bind("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -99,12 +107,102 @@ def test_text_usage_and_end_are_exact(client):
     assert ended.usage.completion_tokens == 6
 
 
-def test_a_prompt_may_be_ids_or_a_list_of_one_and_not_several(client):
+def test_a_prompt_may_be_text_or_ids_one_or_several(client):
     for prompt in ([97], ["a"], [[97]]):
         assert say(client, prompt, max_tokens=2).choices[0].text == "bc"
-    for prompt in (["a", "b"], [[97], [98]]):
-        with pytest.raises(openai.BadRequestError, match="one prompt a request"):
-            say(client, prompt)
+    for prompt in (["a", "mn"], [[97], [109, 110]]):
+        answer = say(client, prompt, max_tokens=2, n=2)
+        assert [(choice.index, choice.text) for choice in answer.choices] == [
+            (0, "bc"),
+            (1, "bc"),
+            (2, "op"),
+            (3, "op"),
+        ]
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 8)
+
+
+def test_choices_end_each_for_itself_and_stream_under_their_index(client):
+    stream = say(client, ["a", "y"], max_tokens=8, stream=True, stream_options={"include_usage": True})
+    texts, ends = ["", ""], {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            assert choice.index not in ends
+            texts[choice.index] += choice.text
+            if choice.finish_reason:
+                ends[choice.index] = choice.finish_reason
+    assert (texts, ends) == (["bcdefghi", "z{|}"], {0: "length", 1: "stop"})
+    assert (chunk.usage.prompt_tokens, chunk.usage.completion_tokens) == (2, 12)
+    chat = client.chat.completions.create(model="org/fake", messages=CHAT["messages"], n=3, max_tokens=2, stream=True)
+    roles = [choice.index for chunk in chat for choice in chunk.choices if choice.delta.role]
+    assert sorted(roles) == [0, 1, 2]
+
+
+def test_log_probabilities_of_both_routes(client):
+    chat = client.chat.completions.create(
+        model="org/fake", messages=CHAT["messages"], max_tokens=3, logprobs=True, top_logprobs=0
+    )
+    content = chat.choices[0].logprobs.content
+    assert [(entry.token, entry.bytes, entry.logprob, entry.top_logprobs) for entry in content] == [
+        (letter, [ord(letter)], -0.5, []) for letter in "bcd"
+    ]
+    legacy = say(client, "a", max_tokens=3, logprobs=0).choices[0].logprobs
+    assert (legacy.tokens, legacy.token_logprobs) == (["b", "c", "d"], [-0.5] * 3)
+    assert (legacy.text_offset, legacy.top_logprobs) == ([0, 1, 2], None)
+
+
+def test_tokens_behind_a_stop_string_are_not_listed(client):
+    for stream in (False, True):
+        answer = say(client, "a", max_tokens=20, stop="ef", logprobs=0, stream=stream)
+        chunks = list(answer) if stream else [answer]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        text = "".join(choice.text for choice in choices)
+        tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.tokens]
+        assert (text, tokens) == ("bcd", ["b", "c", "d"])
+
+
+def test_every_answer_and_chunk_names_model_and_settings(client):
+    answer = say(client, "a", max_tokens=1)
+    assert re.fullmatch("fp_[0-9a-f]{12}", answer.system_fingerprint)
+    chat = client.chat.completions.create(model="org/fake", messages=CHAT["messages"], max_tokens=2, stream=True)
+    assert {chunk.system_fingerprint for chunk in chat} == {answer.system_fingerprint}
+    assert fingerprint("0" * 64, EngineSettings()) == answer.system_fingerprint
+    others = [fingerprint("1" * 64, EngineSettings()), fingerprint("0" * 64, EngineSettings(threads=1))]
+    assert answer.system_fingerprint not in others
+
+
+def test_an_answer_may_be_sent_back_as_it_came(client):
+    answer = client.chat.completions.create(model="org/fake", **CHAT, max_tokens=1).choices[0].message
+    again = client.chat.completions.create(
+        model="org/fake", max_tokens=1, messages=[*CHAT["messages"], answer.model_dump()]
+    )
+    assert (answer.content, again.choices[0].message.content) == ("b", "c")
+
+
+HARMLESS = {
+    "user": "me", "safety_identifier": "me", "prompt_cache_key": "k", "prompt_cache_retention": "in_memory",
+    "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "reasoning_effort": "none", "verbosity": "medium",
+    "modalities": ["text"], "parallel_tool_calls": False, "tools": [], "tool_choice": "none", "logit_bias": {},
+    "response_format": {"type": "text"}, "n": 1, "top_p": 1, "stop": None, "seed": None,
+}  # fmt: skip
+
+
+def test_each_parameter_a_client_can_send_is_known(client):
+    """Taken where it asks for nothing; the same list of the client's own signature tells when a new one comes."""
+    from openai.types.chat.completion_create_params import CompletionCreateParamsBase as Chat
+    from openai.types.completion_create_params import CompletionCreateParamsBase as Legacy
+
+    client.chat.completions.create(model="org/fake", **CHAT, **HARMLESS, max_tokens=1)
+    assert set(Chat.__annotations__) <= set(ChatRequest.model_fields)
+    assert set(Legacy.__annotations__) <= set(CompletionRequest.model_fields)
+
+
+def test_without_a_limit_an_answer_is_bounded(folder):
+    model = ServedModel.load("org/fake", "0" * 64, folder)
+    assert model.room([1], None, "prompt") == DEFAULT_MAX_TOKENS
+    assert model.room([1] * (CONTEXT - 7), None, "prompt") == 7
+    assert model.room([1], 5000, "prompt") == 5000
+    with pytest.raises(ContextTooLong):
+        model.room([1] * CONTEXT, None, "prompt")
 
 
 def test_a_chat_stream_with_usage(client):
@@ -145,7 +243,17 @@ REFUSED = [
     ("/v1/chat/completions", {**CHAT, "max_tokens": "5"}, 400, "max_tokens"),
     ("/v1/chat/completions", {**CHAT, "unheard_of": 1}, 400, "unheard_of"),
     ("/v1/chat/completions", {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens"),
-    ("/v1/chat/completions", {**CHAT, "logprobs": True}, 400, "logprobs"),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1}, 400, "top_logprobs"),
+    ("/v1/chat/completions", {**CHAT, "top_logprobs": 0}, 400, "top_logprobs"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": SECRET}}, 400, "response_format.type"),
+    ("/v1/chat/completions", {**CHAT, "n": 9}, 400, "n"),
+    ("/v1/chat/completions", {**CHAT, "n": 0}, 400, "n"),
+    ("/v1/chat/completions", {**CHAT, "logit_bias": {"5": 1}}, 400, "logit_bias"),
+    ("/v1/chat/completions", {**CHAT, "store": True}, 400, "store"),
+    ("/v1/chat/completions", {**CHAT, "reasoning_effort": "high"}, 400, "reasoning_effort"),
+    ("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, 400, "modalities"),
+    ("/v1/chat/completions", {**CHAT, "metadata": {"a": SECRET * 2}}, 400, "metadata.a"),
     ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options"),
     ("/v1/chat/completions", {"messages": [{"role": SECRET, "content": "a"}]}, 400, "messages.0.role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
@@ -155,6 +263,11 @@ REFUSED = [
     ("/v1/completions", {"prompt": [10**30]}, 400, "prompt"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 1}, 400, "logprobs"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 6, "echo": True}, 400, "logprobs"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 1, "echo": True}, 400, "echo"),
+    ("/v1/completions", {"prompt": ["a"] * 33}, 400, "prompt"),
+    ("/v1/completions", {"prompt": ["a"] * 32, "n": 3}, 400, "n"),
     ("/predict", {"input": ""}, 400, "input"),
     ("/v1/models/none", None, 404, "model"),
     ("/v1/completions", None, 405, None),
@@ -208,9 +321,9 @@ def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json={"prompt": [0], "max_tokens": 1_000_000}, timeout=0.2)
         deadline = time.monotonic() + 5
-        while worker._streams and time.monotonic() < deadline:
+        while worker._worker._streams and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not worker._streams
+        assert not worker._worker._streams
         with endless(url, stream=True) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -224,14 +337,15 @@ def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
         assert httpx.get(f"{url}/livez").status_code == 200
         assert httpx.get(f"{url}/readyz").status_code == 503
         answer = httpx.post(f"{url}/predict", json={"input": "a"})
-        assert answer.status_code == 503 and answer.json()["error"]["code"] == "unavailable"
+        assert answer.status_code == 200  # it waited for the next engine
+        assert answer.json()["usage"]["completion_tokens"] == DEFAULT_MAX_TOKENS
 
 
 def test_a_step_that_fails_says_why(folder, tmp_path):
     (tmp_path / "fake.json").write_text('{"fail_after": 3}')
 
     async def run():
-        worker = Worker("fake", EngineSettings())
+        worker = Supervisor("fake", EngineSettings())
         worker.load(tmp_path)
         await worker.start()
         with pytest.raises(EngineDied, match="told to fail"):
@@ -246,8 +360,9 @@ def test_a_step_that_fails_says_why(folder, tmp_path):
 def test_the_child_ends_when_its_parent_is_killed(tmp_path):
     code = (
         "import asyncio, pathlib, sys\nfrom lightship.engine import EngineSettings\n"
-        "from lightship.serving.worker import Worker\n"
-        "async def main():\n    worker = Worker('fake', EngineSettings())\n    worker.load(pathlib.Path(sys.argv[1]))\n"
+        "from lightship.serving.supervisor import Supervisor\n"
+        "async def main():\n    worker = Supervisor('fake', EngineSettings())\n"
+        "    worker.load(pathlib.Path(sys.argv[1]))\n"
         "    await worker.start()\n    print(worker.pid, flush=True)\n    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
@@ -290,7 +405,9 @@ SERVE = """
 import pathlib, sys
 from lightship.serving import server
 from lightship.bundle import Bundle
+from lightship.report import Report
 
+Bundle.report = Report(())
 folder = pathlib.Path(sys.argv[1])
 Bundle.open = staticmethod(lambda path: Bundle(folder, {"name": "fake", "targets": ["fake"]}, "0" * 64))
 Bundle.target_folder = lambda self, name: folder

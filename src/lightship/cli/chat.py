@@ -12,18 +12,24 @@ import click
 @click.option("--system", help="A system message.")
 @click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 2))
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1))
-def command(where: str, system: str | None, temperature: float, max_tokens: int) -> None:
+@click.option(
+    "--key",
+    envvar="LIGHTSHIP_KEY",
+    help="The server's key; better in $LIGHTSHIP_KEY, where others on this machine do not see it.",
+)
+def command(where: str, system: str | None, temperature: float, max_tokens: int, key: str | None) -> None:
     """Chat with WHERE, the URL of a server or a bundle. An empty line or Ctrl-D ends."""
     from lightship.serving.client import stream_chat
     from lightship.serving.server import running
 
     remote = where.startswith(("http://", "https://"))
+    key = key if remote else None
     messages = [{"role": "system", "content": system}] if system else []
     with contextlib.nullcontext(where) if remote else running(where) as url:
         while line := _ask():
             messages.append({"role": "user", "content": line})
             said = ""
-            for piece in stream_chat(url, messages, temperature=temperature, max_tokens=max_tokens):
+            for piece in stream_chat(url, messages, key, temperature=temperature, max_tokens=max_tokens):
                 said += piece
                 click.echo(piece, nl=False)
             click.echo()

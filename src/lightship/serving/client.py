@@ -11,13 +11,20 @@ import httpx
 from lightship.errors import EngineError, RequestError
 
 
-def stream_chat(url: str, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
-    """The pieces of the answer to `messages` from the server at `url`. Raises with the server's own message."""
+def stream_chat(url: str, messages: list[dict[str, str]], key: str | None = None, **options: Any) -> Iterator[str]:
+    """The pieces of the answer to `messages` from the server at `url`, where `key` opens it. Raises with the server's
+    own message."""
     body = {"messages": messages, "stream": True, **options}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     address = f"{url.rstrip('/')}/v1/chat/completions"
     try:
         with httpx.stream(
-            "POST", address, json=body, timeout=httpx.Timeout(600, connect=5), trust_env=not _local(url)
+            "POST",
+            address,
+            json=body,
+            headers=headers,
+            timeout=httpx.Timeout(600, connect=5),
+            trust_env=not _local(url),
         ) as answer:
             if answer.status_code != 200:
                 answer.read()

@@ -1,34 +1,33 @@
-"""The HTTP API of an encoder: /predict for labels and answers, /v1/embeddings, /v1/models, /livez, /readyz."""
+"""The routes of an encoder: /predict for labels and answers, /v1/embeddings, /v1/models."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from tokenizers import Encoding
 
 from lightship.encoder import NEVER, Encoder, Row, row_of
-from lightship.engine import EncoderEngine, EngineSettings
-from lightship.errors import EngineDied, RequestError
-from lightship.find import find
-from lightship.serving import errors
-from lightship.serving.app import BodyLimit, add_models, check_name, unless_gone
-from lightship.serving.schema import AnswerRequest, ClassifyRequest, EmbeddingsRequest
+from lightship.errors import RequestError
+from lightship.serving.admission import Admission
+from lightship.serving.batcher import Batcher
+from lightship.serving.connection import unless_gone
+from lightship.serving.models import add_models, check_name
+from lightship.serving.reception import enter
+from lightship.serving.schema import MANY, AnswerRequest, ClassifyRequest, EmbeddingsRequest
+from lightship.serving.ticket import Limits
 
 JSON = dict[str, Any]
 Floats = npt.NDArray[np.float32]
-BATCH = 32  # rows that are run together
+Run = Callable[[Request, Sequence[Row]], Awaitable[list[Floats]]]  # what each row means, in turn with other requests
 ANSWER = 30  # tokens of the longest answer, as in BERT's own evaluation
 PLACE = {"classifier": "/predict", "qa": "/predict", "embedder": "/v1/embeddings"}
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/predict")
@@ -49,92 +48,26 @@ class ServedEncoder:
         return self.encoder.context
 
 
-class Runner:
-    """The engine of an encoder in a thread of its own, which lets others work while it computes. Runs one batch after
-    the other, first come, first served; a request of many inputs is many batches, so it does not block the rest."""
-
-    def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
-        self.encoder = Encoder.load(folder)
-        self._open: Callable[[], EncoderEngine] = lambda: find("targets", target).open_encoder(folder, settings)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-        self._engine: EncoderEngine | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether the model is loaded."""
-        return self._engine is not None
-
-    async def start(self) -> None:
-        """Load the model."""
-        self._engine = await asyncio.get_running_loop().run_in_executor(self._thread, self._open)
-
-    async def run(self, rows: Sequence[Row]) -> list[Floats]:
-        """What each row means (`Encoder.meaning`), padding left out; rows of like length are run together."""
-        loop = asyncio.get_running_loop()
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-        found: dict[int, Floats] = {}
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            found.update(zip(chosen, await loop.run_in_executor(
-                self._thread, self._batch, [rows[number] for number in chosen]), strict=True))  # fmt: skip
-        return [found[number] for number in range(len(rows))]
-
-    def _batch(self, rows: list[Row]) -> list[Floats]:
-        if self._engine is None:
-            raise EngineDied("the model is not loaded")
-        batch = self.encoder.pad_rows(rows)
-        meaning = self.encoder.meaning(self._engine.run(batch.ids, batch.mask, batch.types), batch.mask)
-        return [each[:, : len(row)] if self.encoder.kind == "qa" else each
-                for each, row in zip(meaning, rows, strict=True)]  # fmt: skip
-
-    def close(self) -> None:
-        """Release the model, once its batch is done."""
-        self._thread.shutdown(cancel_futures=True)
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+def capacity(context: int) -> Limits:
+    """What may be in the queue and the engine together: twice the largest request there is."""
+    blocks = 2 * MANY * math.ceil(context / Limits.block_tokens)
+    return Limits(blocks=blocks, max_concurrent=2 * MANY)
 
 
-def create_app(runner: Runner, model: ServedEncoder) -> FastAPI:
-    """The API in front of `runner`, which is started with the app and closed with it."""
-
-    def failed(starting: asyncio.Task[None]) -> None:
-        if not starting.cancelled():
-            app.state.failure = starting.exception()
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(runner.start())
-        starting.add_done_callback(failed)
-        try:
-            yield
-        finally:
-            starting.cancel()
-            await asyncio.to_thread(runner.close)
-
-    app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.failure, app.state.ready = None, lambda: runner.ready
-    errors.install(app)
-    app.add_middleware(BodyLimit)
-    _health(app, runner)
+def add_routes(app: FastAPI, batcher: Batcher, model: ServedEncoder, admission: Admission | None = None) -> None:
+    """The routes of an encoder. `admission` bounds what waits and runs."""
     add_models(app, model)
-    {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, runner, model)
+    gate = admission or Admission(capacity(model.context))
+
+    async def run(request: Request, rows: Sequence[Row]) -> list[Floats]:
+        async with await enter(gate, request, [len(row) for row in rows], [0] * len(rows)) as ticket, ticket.in_time():
+            found = await unless_gone(request, batcher.run(rows))
+            ticket.first_token()
+            ticket.finish = "stop"
+        return found
+
+    {"classifier": _classify, "qa": _answer, "embedder": _embed}[model.encoder.kind](app, run, model)
     _elsewhere(app, model)
-    return app
-
-
-def _health(app: FastAPI, runner: Runner) -> None:
-    @app.get("/livez")
-    async def livez() -> JSON:
-        return {"status": "alive"}
-
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
-        if runner.ready:
-            return JSONResponse({"status": "ready"})
-        failure = app.state.failure
-        state = {"status": "failed" if failure else "loading", "reason": str(failure) if failure else None}
-        return JSONResponse(state, 503)
 
 
 def _elsewhere(app: FastAPI, model: ServedEncoder) -> None:
@@ -166,12 +99,12 @@ async def _encoded(model: ServedEncoder, texts: Sequence[tuple[str, ...]]) -> li
 # ── Embeddings ──────────────────────────────────────────────────────────────
 
 
-def _embed(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+def _embed(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> JSON:
         check_name(model, body.model)
         rows = await _rows(model, body.inputs())
-        vectors = await unless_gone(request, runner.run(rows))
+        vectors = await run(request, rows)
         if body.dimensions not in (None, len(vectors[0])):
             raise RequestError(f"this model has {len(vectors[0])} dimensions and no others", "dimensions")
         data = [{"object": "embedding", "index": index, "embedding": _shown(vector, body.encoding_format)}
@@ -196,11 +129,11 @@ def _shown(vector: Floats, form: str) -> str | list[float]:
 # ── Labels ──────────────────────────────────────────────────────────────────
 
 
-def _classify(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+def _classify(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: ClassifyRequest, request: Request) -> JSON:
         rows = [row_of(encoding) for encoding in await _encoded(model, [(text,) for text in body.inputs()])]
-        found = [labels(model.encoder, meaning) for meaning in await unless_gone(request, runner.run(rows))]
+        found = [labels(model.encoder, meaning) for meaning in await run(request, rows)]
         output = found[0] if isinstance(body.input, str) else found
         return {"output": output, "model": model.name, "usage": _usage(rows)}
 
@@ -215,13 +148,13 @@ def labels(encoder: Encoder, meaning: Floats) -> list[JSON]:
 # ── Answers ─────────────────────────────────────────────────────────────────
 
 
-def _answer(app: FastAPI, runner: Runner, model: ServedEncoder) -> None:
+def _answer(app: FastAPI, run: Run, model: ServedEncoder) -> None:
     @app.post("/predict")
     async def predict(body: AnswerRequest, request: Request) -> JSON:
         asked = body.inputs()
         encodings = await _encoded(model, [(each.question, each.context) for each in asked])
         rows = [row_of(encoding) for encoding in encodings]
-        meanings = await unless_gone(request, runner.run(rows))
+        meanings = await run(request, rows)
         found = [best_span(encoding, meaning, each.context)
                  for encoding, meaning, each in zip(encodings, meanings, asked, strict=True)]  # fmt: skip
         output = found if isinstance(body.input, list) else found[0]

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import signal
+import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightship.bundle import Bundle
-from lightship.engine import EngineSettings
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.kind import Kind
-from lightship.serving.worker import Worker
+from lightship.serving.auth import check_exposure, check_tls, shares_prefix_cache
+from lightship.serving.keys import KeyFile, KeyRing
+from lightship.serving.settings import ServeSettings
+from lightship.serving.supervisor import Supervisor
+from lightship.serving.ticket import Limits
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from lightship.serving.app import Served
+    from lightship.serving.front import Front
+
+log = logging.getLogger("lightship.serving")
+UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, before any model is loaded. Port 0 takes a free one. Raises `UsageError` when it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, asyncio sends small answers at once
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
@@ -39,72 +49,134 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _server(bundle: Bundle, worker: Worker) -> tuple[uvicorn.Server, FastAPI]:
-    """The engine loads in its process while this one imports the web framework."""
-    folder = bundle.target_folder(bundle.targets[0])
-    worker.load(folder)
-    import uvicorn
+class Serving:
+    """A bundle being made ready to be served: checked and bound first, then loaded while it is verified."""
 
-    from lightship.serving.app import create_app
-    from lightship.serving.model import ServedModel
+    def __init__(self, settings: ServeSettings, host: str, port: int) -> None:
+        """Raises `UsageError` for what must not be exposed, a key file that cannot be used, or a taken port."""
+        self.keys = KeyRing(KeyFile(settings.keys) if settings.keys is not None else None)
+        self.tls = check_tls(settings.tls_cert, settings.tls_key)
+        check_exposure(host, self.keys, self.tls, settings.behind_proxy)
+        shared = settings.engine.prefix_cache and shares_prefix_cache(self.keys, settings.share_prefix_cache)
+        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared))
+        self._open = contextlib.ExitStack()
+        try:
+            self.bound = self._open.enter_context(bind(host, port))
+            asked = settings.metrics_port
+            self.metrics = None if asked is None else self._open.enter_context(bind(host, asked))
+        except BaseException:
+            self._open.close()
+            raise
 
-    app = create_app(worker, ServedModel.load(bundle.name, bundle.digest, folder))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    return uvicorn.Server(config), app
+    def __enter__(self) -> Serving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def url(self) -> str:
+        """Where it is served."""
+        return url_of(self.bound, self.tls)
+
+    def server(self, bundle: Bundle, engine: Supervisor | None) -> tuple[uvicorn.Server, FastAPI]:
+        """The server of `bundle`: of a decoder with `engine`, which loads while this process imports the web
+        framework."""
+        return self._decoder(bundle, engine) if engine is not None else self._encoder(bundle)
+
+    def _decoder(self, bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI]:
+        target, folder = bundle.targets[0], bundle.target_folder(bundle.targets[0])
+        engine.load(folder)
+        from lightship.serving import openai
+        from lightship.serving.front import Front
+        from lightship.serving.grammar import Grammars
+        from lightship.serving.model import ServedModel
+        from lightship.serving.scoring import Scoring
+
+        settings = self.settings
+        model = ServedModel.load(bundle.name, bundle.digest, folder, settings.engine)
+        model = replace(model, context=min(model.context, settings.max_context or model.context))
+        grammars = Grammars(target, folder)
+        scoring = Scoring(target, folder, settings.engine) if settings.scoring else None
+        capacity = Limits(blocks=UNKNOWN, max_concurrent=settings.max_concurrent)
+        front = Front(settings, self.keys, model.name, model.context, capacity, bundle.report)
+
+        def add_routes(app: FastAPI) -> None:
+            openai.add_routes(
+                app, engine, model, lambda: engine.stats.get("batching"), grammars, scoring, front.admission
+            )
+
+        return self._listening(engine, add_routes, front, [grammars, *([scoring] if scoring else [])])
+
+    def _encoder(self, bundle: Bundle) -> tuple[uvicorn.Server, FastAPI]:
+        """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
+        from lightship.serving.batcher import Batcher
+        from lightship.serving.encoder import ServedEncoder, add_routes, capacity
+        from lightship.serving.front import Front
+
+        target, settings = bundle.targets[0], self.settings
+        batcher = Batcher(target, bundle.target_folder(target), settings.engine)
+        model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder)
+        front = Front(settings, self.keys, model.name, model.context, capacity(model.context), bundle.report)
+        return self._listening(batcher, lambda app: add_routes(app, batcher, model, front.admission), front)
+
+    def _listening(
+        self, engine: Served, add_routes: Callable[[FastAPI], None], front: Front, beside: Any = ()
+    ) -> tuple[uvicorn.Server, FastAPI]:
+        import uvicorn
+
+        from lightship.serving.app import create_app
+        from lightship.serving.draining import DrainingServer
+
+        app = create_app(
+            engine,
+            add_routes,
+            beside,
+            loaded=lambda: front.loaded(engine.stats),
+            around=lambda: front.open(self.metrics),
+            stopping=lambda: front.door.closing,
+        )
+        config = uvicorn.Config(front.stand_before(app, engine), **front.listening)
+        return DrainingServer(config, front.door, engine.close, self.settings.drain), app
 
 
-def _encoder_server(bundle: Bundle, settings: EngineSettings) -> tuple[uvicorn.Server, FastAPI]:
-    """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
-    import uvicorn
-
-    from lightship.serving.encoder import Runner, ServedEncoder, create_app
-
-    target = bundle.targets[0]
-    runner = Runner(target, bundle.target_folder(target), settings)
-    app = create_app(runner, ServedEncoder(bundle.name, bundle.digest, runner.encoder))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    return uvicorn.Server(config), app
-
-
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, tls: bool = False) -> str:
     """http://host:port of a bound socket."""
     host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def serve(
     bundle: Bundle | Path | str,
     host: str = "127.0.0.1",
     port: int = 8000,
-    settings: EngineSettings | None = None,
+    settings: ServeSettings | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; streams that run then have 30 s to finish.
+    """Serve until SIGINT or SIGTERM; what runs then has 30 s to finish, a second signal ends it at once.
 
-    Raises `EngineError` when the model cannot be loaded.
+    Raises `UsageError` for an address that others can reach without a key or TLS, `EngineError` when the model cannot
+    be loaded.
     """
-    with bind(host, port) as bound:
-        path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
-        settings = settings or EngineSettings()
+    path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
+    with Serving(settings or ServeSettings(), host, port) as serving:
         _refuse_unserved(Bundle.stated_kind(path))
+        engine = None
         if Bundle.stated_kind(path) == "decoder":
-            worker = Worker(Bundle.stated_target(path), settings)
-            worker.spawn()  # imports its runtime while the bundle is verified
-            try:
-                opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-            except BaseException:
-                worker.kill()
-                raise
-            progress(f"{opened.name} is intact; loading")
-            server, app = _server(opened, worker)
-        else:
+            engine = Supervisor(Bundle.stated_target(path), serving.settings.engine, serving.settings.care)
+            engine.spawn()  # imports its runtime while the bundle is verified
+        try:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-            progress(f"{opened.name} is intact; loading")
-            server, app = _encoder_server(opened, settings)
-        watching = threading.Thread(target=_watch, args=(server, app, url_of(bound), progress), daemon=True)
+        except BaseException:
+            if engine is not None:
+                engine.kill()
+            raise
+        progress(f"{opened.name} is intact; loading")
+        server, app = serving.server(opened, engine)
+        watching = threading.Thread(target=_watch, args=(server, app, serving.url, progress), daemon=True)
         watching.start()
-        with _signals_end_quietly():
-            server.run(sockets=[bound])
+        server.run(sockets=[serving.bound])
         watching.join(1)
         if app.state.failure is not None:
             raise app.state.failure
@@ -131,35 +203,22 @@ def _watch(server: uvicorn.Server, app: FastAPI, url: str, progress: Callable[[s
 
 
 @contextlib.contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it again when it is done; here that is the ordinary end, exit code 0."""
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-@contextlib.contextmanager
 def running(
-    bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 0, settings: EngineSettings | None = None
+    bundle: Bundle | Path | str, host: str = "127.0.0.1", port: int = 0, settings: ServeSettings | None = None
 ) -> Iterator[str]:
-    """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards."""
+    """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards. Without
+    `settings` it asks for no keys."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _refuse_unserved(opened.kind)
-    with bind(host, port) as bound:
-        settings = settings or EngineSettings()
-        if opened.kind == "decoder":
-            server, _ = _server(opened, Worker(opened.targets[0], settings))
-        else:
-            server, _ = _encoder_server(opened, settings)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    with Serving(settings or ServeSettings(keys=None), host, port) as serving:
+        chosen = serving.settings
+        engine = Supervisor(opened.targets[0], chosen.engine, chosen.care) if opened.kind == "decoder" else None
+        server, _ = serving.server(opened, engine)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [serving.bound]}, daemon=True)
         thread.start()
         try:
-            wait_ready(url_of(bound), alive=thread.is_alive)
-            yield url_of(bound)
+            wait_ready(serving.url, alive=thread.is_alive)
+            yield serving.url
         finally:
             server.should_exit = True
             thread.join(40)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
@@ -13,10 +13,13 @@ WINDOW = 16  # tokens decoded again at most, however long nothing visible arrive
 
 class TextStream:
     """Text of a growing token list. `push` returns what is certain; `finish` the rest. `stopped` tells that a stop
-    string was met: it and what follows are left out. Every token is decoded a bounded number of times."""
+    string was met: it and what follows are left out. Every token is decoded a bounded number of times.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    `hidden` are the tokens that add nothing to the text; None stands for those that the tokenizer calls special."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), hidden: Collection[int] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._hidden = hidden
         self._stops = tuple(stops)
         self._ids: list[int] = []  # from the start of the window that is decoded again
         self._read = 0  # how many of them are already text
@@ -38,23 +41,32 @@ class TextStream:
         """Text of the tokens not yet read. Decoding starts a few tokens back, since some tokenizers join or space by
         context; a trailing broken character waits for the tokens that complete it."""
         end = len(self._ids)
-        now = self._tokenizer.decode(self._ids)
+        now = self._text(self._ids)
         if now.endswith(BROKEN) and not complete:
             if end - self._read <= UNFINISHED:
                 return ""
             end, now = self._certain()
-        before = self._tokenizer.decode(self._ids[: self._read])
+        before = self._text(self._ids[: self._read])
         if len(now) > len(before) or end > WINDOW:
             del self._ids[: self._read]
             self._read = end - self._read
         return now[len(before) :]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if self._hidden is None:
+            found: str = self._tokenizer.decode(ids)
+        else:
+            found = self._tokenizer.decode(
+                [each for each in ids if each not in self._hidden], skip_special_tokens=False
+            )
+        return found
 
     def _certain(self) -> tuple[int, str]:
         """The longest part, 1 to `UNFINISHED` tokens shorter, that ends in a whole character. When there is none, the
         shortest: what has stayed broken for so many bytes is not UTF-8, and waiting does not mend it."""
         for back in range(1, UNFINISHED + 1):
             end = len(self._ids) - back
-            text = self._tokenizer.decode(self._ids[:end])
+            text = self._text(self._ids[:end])
             if not text.endswith(BROKEN):
                 break
         return end, text

@@ -1,39 +1,33 @@
 """The engine in a process of its own: its steps hold the interpreter lock, and when it dies the API must not.
 
-Parent and child talk over a socket pair in msgpack frames (4 bytes length, then the message), never pickle.
+Parent and child talk in the messages of `wire`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from lightship.engine import Engine, EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError, LightshipError, RequestError
 from lightship.find import find
+from lightship.serving import wire
 
 log = logging.getLogger("lightship.serving")
-HEADER = struct.Struct(">I")
-FRAME_LIMIT = 64 * 2**20
-
-
-def frame(message: dict[str, Any]) -> bytes:
-    """One message on the wire."""
-    body = msgspec.msgpack.encode(message)
-    return HEADER.pack(len(body)) + body
+PATIENCE = 10.0  # seconds that a killed process may take to give its memory back
+REPORT = 0.5  # seconds between two reports of a busy engine, at least
 
 
 # ── The parent's side ───────────────────────────────────────────────────────
@@ -42,7 +36,8 @@ def frame(message: dict[str, Any]) -> bytes:
 class Worker:
     """A child process with one engine: `load`, `start`, then `generate`; when it dies every stream raises `EngineDied`.
 
-    `spawn` may come first, to let it import its runtime while the parent makes sure of what it will load.
+    `spawn` may come first, to let it import its runtime while the parent makes sure of what it will load. A dead worker
+    stays dead: `Supervisor` makes another.
     """
 
     def __init__(self, target: str, settings: EngineSettings) -> None:
@@ -51,11 +46,18 @@ class Worker:
         self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+        # A stream holds at most one event a token, so at most `max_tokens`, however slowly its client reads.
         self._streams: dict[int, asyncio.Queue[Event | LightshipError]] = {}
         self._next_id = 0
+        self._sent = self._handled = 0  # messages
+        self._busy = False
         self.ready = False
-        self.failure: str | None = None  # why the engine died, when it could still say so
+        self.draining = False  # set it to take no new requests
+        self.failure: str | None = None  # why the engine died
         self.stats: dict[str, Any] = {}
+        self.progress = 0  # signs of life so far: they come with every step, at most twice a second without tokens
+        self.produced = 0  # tokens so far
 
     @property
     def alive(self) -> bool:
@@ -67,15 +69,24 @@ class Worker:
         """The child's process id."""
         return self._process.pid if self._process else None
 
+    @property
+    def working(self) -> bool:
+        """Whether the child has not yet said that all it was told is done. Requests that were given up count until
+        then, so that clients which do not wait for a stuck engine do not hide that it is stuck."""
+        return self.ready and (self._busy or self._handled != self._sent)
+
     def spawn(self) -> None:
         """Start the child, which imports the runtime of its target and waits. It ends when this process does."""
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "lightship.serving.worker", str(theirs.fileno()), self._target]
         # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
-        self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, process_group=0
-        )
-        theirs.close()
+        with theirs:
+            self._process = subprocess.Popen(
+                self._command(theirs.fileno()),
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, process_group=0,
+            )  # fmt: skip
+
+    def _command(self, descriptor: int) -> list[str]:
+        return [sys.executable, "-P", "-m", "lightship.serving.worker", str(descriptor), self._target]
 
     def load(self, folder: Path) -> None:
         """Let the child load the runtime folder, once it may be trusted."""
@@ -83,7 +94,7 @@ class Worker:
             self.spawn()
         assert self._socket is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: `start` tells
-            self._socket.sendall(frame({"folder": str(folder), "settings": asdict(self._settings)}))
+            self._socket.sendall(wire.frame(wire.Load(str(folder), self._settings)))
 
     def kill(self) -> None:
         """End a child that was spawned and never started."""
@@ -96,54 +107,68 @@ class Worker:
         """Wait until the engine that `load` asked for is loaded. Raises `EngineError` when it cannot be."""
         reader, self._writer = await asyncio.open_connection(sock=self._socket)
         try:
-            first = await _read(reader)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise EngineDied("the engine process ended while loading the model") from error
-        if first["type"] != "ready":
-            raise EngineError(f"the engine cannot be loaded: {first['message']}")
-        self.stats, self.ready = first["stats"], True
+            first = await wire.read(reader)
+        except EngineDied as error:
+            raise EngineDied(f"{error.message} while loading the model") from error
+        if isinstance(first, wire.Failed):
+            raise EngineError(f"the engine cannot be loaded: {first.message}")
+        if not isinstance(first, wire.Ready):
+            raise EngineDied("the engine process spoke before it was ready")
+        self.stats, self.ready = {**first.stats, "steps": 0}, True
         self._reading = asyncio.create_task(self._listen(reader))
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        try:
-            await self._dispatch(reader)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the child ended
-        except Exception:
-            log.exception("the engine process sent what cannot be read")
-        finally:
-            self.ready = False
-            reason = f"the engine process ended: {self.failure}" if self.failure else "the engine process ended"
-            for stream in self._streams.values():
-                stream.put_nowait(EngineDied(reason))
+    async def ended(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds for the end of a child that was started."""
+        assert self._reading is not None
+        await asyncio.wait({self._reading}, timeout=timeout)
+        return self._reading.done() or not self.alive
 
-    async def _dispatch(self, reader: asyncio.StreamReader) -> None:
-        while True:
-            message = await _read(reader)
-            if message["type"] == "failed":
-                self.failure = message["message"]
-                continue
-            stream = self._streams.get(message["id"])
-            if stream is None:
-                continue  # cancelled meanwhile
-            if message["type"] == "refused":
-                stream.put_nowait(
-                    RequestError(message["message"], message["param"], message["code"], message["status"])
-                )
-            else:
-                stream.put_nowait(Event(message["id"], tuple(message["tokens"]), tuple(message["logprobs"]),
-                                        message["finish"], message["error"]))  # fmt: skip
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Until the child ends, or says what it must not; then nothing of it is believed any more."""
+        failure = wire.ENDED
+        try:
+            while True:
+                self._take(await wire.read(reader))
+        except EngineDied as error:
+            failure = error.message
+        except Exception:
+            log.exception("what the engine process said was not understood")
+        finally:
+            self.ready, self.failure = False, failure
+            for stream in self._streams.values():
+                stream.put_nowait(EngineDied(failure))
+
+    def _take(self, message: wire.Reply) -> None:
+        self.progress += 1
+        match message:
+            case wire.Gained(event):
+                self.produced += len(event.token_ids)
+                self._give(event.request_id, event)
+            case wire.Progress():
+                self._handled, self._busy = message.handled, message.busy
+                self.stats = {**message.stats, "steps": message.steps}
+            case wire.Refused():
+                error = RequestError(message.message, message.param, message.code, message.status)
+                self._give(message.id, error)
+            case wire.Failed():
+                raise EngineDied(f"{wire.ENDED}: {message.message}")
+            case wire.Ready():
+                raise EngineDied("the engine process was ready twice")
+
+    def _give(self, request_id: int, what: Event | LightshipError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:  # else it was given up meanwhile
+            stream.put_nowait(what)
 
     async def generate(self, tokens: Sequence[int], params: GenerationParams) -> AsyncGenerator[Event, None]:
         """The events of one request, the last with its finish reason. Leaving early cancels the request."""
-        if not self.ready or self._writer is None:
-            raise EngineDied("the engine is not running")
         self._next_id += 1
         request_id, finished = self._next_id, False
-        stream = self._streams[request_id] = asyncio.Queue()
-        self._writer.write(
-            frame({"type": "submit", "id": request_id, "tokens": list(tokens), "params": asdict(params)})
-        )
+        order = wire.frame(wire.Submit(request_id, list(tokens), params))
+        async with self._turn:  # so that no more than one prompt waits outside the buffer of the socket
+            await self._room()
+            stream = self._streams[request_id] = asyncio.Queue()
+            self._send(order)
         try:
             while not finished:
                 got = await stream.get()
@@ -158,29 +183,46 @@ class Worker:
         finally:
             del self._streams[request_id]
             if not finished and self.ready:
-                self._writer.write(frame({"type": "cancel", "id": request_id}))
+                self._send(wire.frame(wire.Cancel(request_id)))
+
+    async def _room(self) -> None:
+        """Wait until the child has read what was sent before. Raises `EngineDied` when it takes no more."""
+        with contextlib.suppress(ConnectionError):  # `ready` tells
+            if self._writer is not None:
+                await self._writer.drain()
+        if not self.ready:
+            raise EngineDied("the engine is not running")
+        if self.draining:
+            raise EngineDied("the engine is about to be started again")
+
+    def _send(self, order: bytes) -> None:
+        assert self._writer is not None
+        self._sent += 1
+        self._writer.write(order)
+
+    async def recovered(self, timeout: float) -> None:
+        """Raises `EngineDied`: nobody starts a worker again."""
+        raise EngineDied(f"the engine process ended: {self.failure}" if self.failure else "the engine process ended")
 
     async def close(self) -> None:
-        """End the child."""
+        """Kill the child, whatever it is doing: it holds nothing that has to be saved."""
         self.ready = False
         if self._writer is not None:
-            self._writer.close()  # the child ends when its socket does
+            self._writer.transport.abort()  # `close` would wait until a dead child has read the rest
         elif self._socket is not None:
             self._socket.close()
-        if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, 5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
+        if self._process is None:
+            return
+        self._process.kill()
+        try:
+            code = await asyncio.to_thread(self._process.wait, PATIENCE)
+        except subprocess.TimeoutExpired:  # the kernel holds it, in a read from a dead disk for instance
+            log.error("the engine process %d was killed and does not end", self._process.pid)
+            return
         if self._reading is not None:
-            self._reading.cancel()
-
-
-async def _read(reader: asyncio.StreamReader) -> dict[str, Any]:
-    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-    message: dict[str, Any] = msgspec.msgpack.decode(await reader.readexactly(length))
-    return message
+            await asyncio.wait({self._reading})
+        if self.failure == wire.ENDED and code < 0:
+            self.failure = f"{wire.ENDED}: {signal.Signals(-code).name}"
 
 
 # ── The child's side ────────────────────────────────────────────────────────
@@ -193,44 +235,69 @@ class _Loop:
         self._connection, self._target = connection, target
         self._buffer = bytearray()
         self._outer: dict[int, int] = {}  # the engine's id → the parent's
+        self._inner: dict[int, int] = {}  # and back
+        self._steps = self._handled = 0
+        self._told = (0, False)  # what the parent was told last: messages handled, whether busy
+        self._told_at = 0.0
 
     def run(self) -> None:
         """Until the parent closes the socket."""
         engine = self._load()
-        while engine is not None:
-            for message in self._messages(wait=not engine.busy()):
-                if message is None:
-                    engine.close()
-                    return
-                self._handle(engine, message)
-            if engine.busy():
-                try:
-                    events = engine.step()
-                except Exception as error:  # the engine is dead, and this process with it
-                    self._fail(error)
-                    raise
-                self._send_events(events)
+        if engine is None:
+            return
+        try:
+            while self._turn(engine):
+                pass
+        except (BrokenPipeError, ConnectionResetError):
+            raise  # the parent is gone
+        except Exception as error:  # the engine is dead, and this process with it
+            self._fail(error)
+            raise
+
+    def _turn(self, engine: Engine) -> bool:
+        """Take what has arrived, then step; whether to go on."""
+        for order in self._orders(wait=not engine.busy()):
+            if order is None:
+                engine.close()
+                return False
+            self._handle(engine, order)
+        if engine.busy():
+            events = engine.step()
+            self._steps += 1
+            self._send_events(events)
+        self._report(engine)
+        return True
 
     def _load(self) -> Engine | None:
         try:
             target = find("targets", self._target)
             getattr(target, "preload", lambda: None)()
-            arguments = next(iter(self._messages(wait=True)))
-            if arguments is None:
+            order = next(iter(self._orders(wait=True)))
+            if not isinstance(order, wire.Load):
                 return None
-            engine: Engine = target.open(Path(arguments["folder"]), EngineSettings(**arguments["settings"]))
+            engine: Engine = target.open(Path(order.folder), order.settings)
         except Exception as error:  # whatever the runtime raises, the parent must hear of it
             self._fail(error)
             return None
-        self._connection.sendall(frame({"type": "ready", "stats": engine.stats()}))
+        self._send(wire.Ready(engine.stats()))
         return engine
 
-    def _fail(self, error: Exception) -> None:
-        self._connection.sendall(frame({"type": "failed", "message": f"{type(error).__name__}: {error}"[:2000]}))
+    def _send(self, message: wire.Reply) -> None:
+        self._connection.sendall(wire.frame(message))
 
-    def _messages(self, wait: bool) -> list[dict[str, Any] | None]:
+    def _fail(self, error: Exception) -> None:
+        self._send(wire.Failed(f"{type(error).__name__}: {error}"[:2000]))
+
+    def _report(self, engine: Engine) -> None:
+        """Tell the parent that steps return, now and then, and at once when there is nothing left to do."""
+        now, state = time.monotonic(), (self._handled, engine.busy())
+        if now - self._told_at >= REPORT if state[1] else state != self._told:
+            self._told, self._told_at = state, now
+            self._send(wire.Progress(self._steps, *state, engine.stats()))
+
+    def _orders(self, wait: bool) -> list[wire.Order | None]:
         """Whole messages that have arrived; None stands for the closed socket. Blocks for the first when `wait`."""
-        found: list[dict[str, Any] | None] = []
+        found: list[wire.Order | None] = []
         while not found:
             if select.select([self._connection], [], [], None if wait else 0)[0]:
                 try:
@@ -240,39 +307,28 @@ class _Loop:
                 if not data:
                     return [None]
                 self._buffer += data
-            found.extend(self._whole())
+            found.extend(wire.split(self._buffer))
             if not wait:
                 break
         return found
 
-    def _whole(self) -> list[dict[str, Any]]:
-        found = []
-        while len(self._buffer) >= HEADER.size:
-            (length,) = HEADER.unpack_from(self._buffer)
-            if length > FRAME_LIMIT:
-                raise ValueError(f"a frame of {length} bytes")
-            if len(self._buffer) < HEADER.size + length:
-                break
-            found.append(msgspec.msgpack.decode(bytes(self._buffer[HEADER.size : HEADER.size + length])))
-            del self._buffer[: HEADER.size + length]
-        return found
+    def _handle(self, engine: Engine, order: wire.Order) -> None:
+        self._handled += 1
+        if isinstance(order, wire.Submit):
+            self._submit(engine, order)
+        elif isinstance(order, wire.Cancel) and order.id in self._inner:
+            inner = self._inner.pop(order.id)
+            del self._outer[inner]
+            engine.cancel(inner)
 
-    def _handle(self, engine: Engine, message: dict[str, Any]) -> None:
-        outer = message["id"]
-        if message["type"] == "cancel":
-            for inner, known in list(self._outer.items()):
-                if known == outer:
-                    engine.cancel(inner)
-                    del self._outer[inner]
-            return
-        params = msgspec.convert(message["params"], GenerationParams)
+    def _submit(self, engine: Engine, order: wire.Submit) -> None:
         try:
-            self._outer[engine.submit(message["tokens"], params)] = outer
+            inner = engine.submit(order.tokens, order.params)
         except LightshipError as error:
-            self._connection.sendall(frame({"type": "refused", "id": outer, "message": error.message,
-                                            "param": getattr(error, "param", None),
-                                            "code": getattr(error, "code", None),
-                                            "status": error.http_status}))  # fmt: skip
+            param, code = getattr(error, "param", None), getattr(error, "code", None)
+            self._send(wire.Refused(order.id, error.message, param, code, error.http_status))
+        else:
+            self._outer[inner], self._inner[order.id] = order.id, inner
 
     def _send_events(self, events: list[Event]) -> None:
         frames = []
@@ -281,15 +337,22 @@ class _Loop:
             if outer is None:
                 continue  # cancelled
             if event.finish_reason is not None:
-                del self._outer[event.request_id]
-            frames.append(frame({"type": "event", "id": outer, "tokens": event.token_ids, "logprobs": event.logprobs,
-                                 "finish": event.finish_reason, "error": event.error}))  # fmt: skip
+                del self._outer[event.request_id], self._inner[outer]
+            frames.append(wire.frame(wire.Gained(replace(event, request_id=outer))))
         if frames:
             self._connection.sendall(b"".join(frames))
 
 
+def _end_with_parent() -> None:
+    """Linux: the kernel kills this process when the thread that started it ends, even in the middle of a step that
+    hangs. Elsewhere it ends between two steps, when its socket closes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
+
+
 def main(descriptor: int, target: str) -> None:
     """The child: signals to stop belong to the parent, which lets streams finish and then closes the socket."""
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
     connection = socket.socket(fileno=descriptor)

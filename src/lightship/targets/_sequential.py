@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.engine import Event, GenerationParams
+from lightship.errors import RequestError
 from lightship.sampling import choose, log_softmax
 
 BATCHING = "none"
@@ -39,6 +40,9 @@ class Sequential:
         self._next_id = 0
 
     def _queue(self, tokens: Sequence[int], params: GenerationParams, kept: Any = None) -> int:
+        if params.grammar is not None:
+            raise RequestError("this model's engine cannot hold an answer to a grammar; serve it with OpenVINO",
+                               "response_format", "unsupported_parameter")  # fmt: skip
         self._next_id += 1
         random = np.random.default_rng(params.seed)
         self._waiting.append(Request(self._next_id, list(tokens), params, random, kept))

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from lightship.checkpoint import Checkpoint, context_length
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.recipe import Precision
-from lightship.targets import _openvino_encoder, _openvino_seq2seq, _openvino_weights
+from lightship.targets import _openvino_encoder, _openvino_grammar, _openvino_seq2seq, _openvino_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._tracing import tracing
 
@@ -34,6 +35,7 @@ EXTRA = "build"
 NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 GRAPH = "openvino_model.xml"
 BATCHING = "continuous"
+BLOCK_TOKENS = 32  # of one block of the paged KV cache on a processor
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
 # fp32 the other approximations are off too; the rest take the runtime's default arithmetic for this processor.
@@ -348,20 +350,24 @@ class OpenVINOEngine:
                 f"OpenVINO GenAI cannot serve {folder} by continuous batching: {str(error).strip().splitlines()[-1]}",
                 hint="try --target onnx",
             ) from error
+        self._most = settings.max_num_seqs  # the runtime's own bound does not hold where prefill and decode are mixed
+        self._waiting: deque[tuple[int, Sequence[int], Any, tuple[int, ...]]] = deque()
         self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self._next_id = 0
+        self._blocks = self._count_blocks()
 
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         self._check(tokens, params)
         self._next_id += 1
-        return self._add(self._next_id, tokens, self._config(params), () if params.ignore_eos else self._stops(params))
+        stops = () if params.ignore_eos else self._stops(params)
+        self._waiting.append((self._next_id, tokens, self._config(params), stops))
+        return self._next_id
 
-    def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> int:
+    def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> None:
         import openvino as ov
 
         ids = ov.Tensor(np.array([tokens], dtype=np.int64))
         self._running[request_id] = (self._pipeline.add_request(request_id, ids, config), stops)
-        return request_id
 
     def _check(self, tokens: Sequence[int], params: GenerationParams) -> None:
         if not tokens:
@@ -396,6 +402,8 @@ class OpenVINOEngine:
             if params.min_p > 0:
                 config.min_p = params.min_p
             config.rng_seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little")
+        if params.grammar is not None:
+            config.structured_output_config = _openvino_grammar.config(params.grammar)
         return config
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -418,6 +426,8 @@ class OpenVINOEngine:
         return np.array(values[1 : len(tokens)], np.float32)
 
     def step(self) -> list[Event]:
+        while self._waiting and len(self._running) < self._most:
+            self._add(*self._waiting.popleft())
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()
         return [event for request_id in list(self._running) if (event := self._read(request_id)) is not None]
@@ -450,16 +460,29 @@ class OpenVINOEngine:
         return "cancelled" if status in (kinds.CANCEL, kinds.STOP) else "error"
 
     def busy(self) -> bool:
-        return bool(self._running)
+        return bool(self._running or self._waiting)
 
     def cancel(self, request_id: int) -> None:
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != request_id)
         if request_id in self._running:
             handle, _ = self._running.pop(request_id)
             handle.cancel()
 
+    def _count_blocks(self) -> int:
+        """Blocks of the KV cache: one step of a short prompt takes one of them, and the pipeline tells its share."""
+        request_id = self.submit([0], GenerationParams(max_tokens=2, ignore_eos=True))
+        self.step()
+        share: float = self._pipeline.get_metrics().cache_usage
+        self.cancel(request_id)
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        return round(100 / share)
+
     def stats(self) -> dict[str, Any]:
-        return {"running": len(self._running), "context": self.context, "vocabulary": self.vocabulary,
-                "batching": BATCHING}  # fmt: skip
+        usage = self._pipeline.get_metrics().cache_usage / 100 if self._running else 0.0  # it is stale when idle
+        return {"running": len(self._running), "waiting": len(self._waiting), "context": self.context,
+                "vocabulary": self.vocabulary, "batching": BATCHING, "blocks": self._blocks,
+                "block_tokens": BLOCK_TOKENS, "cache_usage": usage}  # fmt: skip
 
     def close(self) -> None:
         for request_id in list(self._running):
@@ -497,6 +520,12 @@ def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine
         return Seq2SeqEngine(_open_pair(folder, settings or EngineSettings()), folder)
     _check_graph(folder)
     return OpenVINOEngine(folder, settings or EngineSettings())
+
+
+def open_compiler(folder: Path) -> _openvino_grammar.Compiler:
+    """What compiles grammars as the engine of `folder` does, without its weights."""
+    vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return _openvino_grammar.Compiler(folder, vocabulary)
 
 
 def _check_graph(folder: Path) -> None:

@@ -1,0 +1,202 @@
+"""A long run at the knee with clients that leave and clients that send garbage, then ten times that rate.
+
+Open loop: requests arrive by a Poisson process whatever the server does; latency counts from the arrival. The knee is
+the highest tried share of the closed-loop capacity at which 95 % of the requests meet both limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from benchmarks.load import bodies, closed_loop
+from benchmarks.page import DOCS, put, table
+from benchmarks.preflight import resident
+from benchmarks.serve import prompts, server
+from lightship.bundle import Bundle
+from lightship.evaluation.memory import tree
+
+PAGE = DOCS / "reliability.md"
+OUT = 64  # tokens of an answer
+TTFT, TPOT = 3.0, 0.25  # seconds: the limits of the knee
+LEAVES, GARBAGE = 0.10, 0.05  # shares of the requests
+STUCK = 120.0  # seconds after which a request counts as stuck
+RUBBISH = [b"{", b"\xff\xfe\x00", b'{"prompt": NaN}', b'{"prompt": "a", "max_tokens": 99999999999999999999}',
+           b"[" * 5000, b'{"prompt": "a", "temperature": -1}', b"", b'{"prompt": {"a": 1}}']  # fmt: skip
+
+
+@dataclass
+class Seen:
+    """What one request saw. `ttft` and `tpot` in seconds; None where it got no tokens."""
+
+    kind: str  # healthy, leaves, garbage
+    outcome: str  # whole, left, refused <status>, told (an error event), lost (broken off), stuck
+    ttft: float | None = None
+    tpot: float | None = None
+    retry_after: bool = False
+
+
+@dataclass
+class Phase:
+    """All requests of one phase, and memory (seconds, bytes of RSS) over its time."""
+
+    seen: list[Seen] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+
+    def healthy(self) -> list[Seen]:
+        """Those that stayed and asked for something sensible."""
+        return [each for each in self.seen if each.kind == "healthy"]
+
+    def p95(self, name: str) -> float:
+        """Of the admitted healthy requests."""
+        values = [value for each in self.healthy() if (value := getattr(each, name)) is not None]
+        return float(np.percentile(values, 95)) if values else float("nan")
+
+    def slope(self) -> float:
+        """Bytes a minute, least squares over the second half."""
+        half = self.memory[len(self.memory) // 2 :]
+        if len(half) < 3:
+            return float("nan")
+        return float(np.polyfit([at / 60 for at, _ in half], [size for _, size in half], 1)[0])
+
+
+async def ask(host: str, port: int, kind: str, body: bytes, arrived: float) -> Seen:
+    """One request, to its end or until it leaves."""
+    try:
+        async with asyncio.timeout(STUCK):
+            return await _ask(host, port, kind, body, arrived)
+    except TimeoutError:
+        return Seen(kind, "stuck")
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return Seen(kind, "lost")
+
+
+async def _ask(host: str, port: int, kind: str, body: bytes, arrived: float) -> Seen:
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        status = int((await reader.readuntil(b"\r\n")).split()[1])
+        headers = await reader.readuntil(b"\r\n\r\n")
+        if status != 200:
+            await reader.read()
+            return Seen(kind, f"refused {status}", retry_after=b"retry-after:" in headers.lower())
+        first = last = 0.0
+        pieces, finished, told = 0, False, False
+        async for line in reader:
+            if line.startswith(b"data: {") and b'"text":""' not in line and b'"choices":[]' not in line:
+                last = time.perf_counter()
+                first, pieces = first or last, pieces + 1
+                told = told or b'"error":' in line
+                if kind == "leaves" and pieces >= 5:
+                    return Seen(kind, "left", first - arrived)
+            finished = finished or line == b"data: [DONE]\n"
+        outcome = "told" if told else "whole" if finished else "lost"
+        return Seen(kind, outcome, first - arrived, (last - first) / (pieces - 1) if pieces > 1 else None)
+    finally:
+        writer.close()
+
+
+async def phase(url: str, pid: int, requests: Sequence[bytes], rate: float, seconds: float, mixed: bool) -> Phase:
+    """Requests at `rate` a second for `seconds`, then wait for all of them."""
+    place, found, chance = urlsplit(url), Phase(), random.Random(0)
+    host, port = place.hostname or "", place.port or 80
+    began, tasks, at = time.perf_counter(), [], 0.0
+    sampling = asyncio.create_task(_sample(pid, began, found))
+    while (at := at + chance.expovariate(rate)) < seconds:
+        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+        draw = chance.random() if mixed else 1.0
+        kind = "garbage" if draw < GARBAGE else "leaves" if draw < GARBAGE + LEAVES else "healthy"
+        body = chance.choice(RUBBISH) if kind == "garbage" else chance.choice(requests)
+        tasks.append(asyncio.create_task(ask(host, port, kind, body, began + at)))
+    found.seen = list(await asyncio.gather(*tasks))
+    sampling.cancel()
+    return found
+
+
+async def _sample(pid: int, began: float, found: Phase) -> None:
+    while True:
+        size = await asyncio.to_thread(lambda: sum(map(resident, tree(pid))))
+        found.memory.append((time.perf_counter() - began, size))
+        await asyncio.sleep(5)
+
+
+async def knee(url: str, pid: int, requests: Sequence[bytes], seconds: float) -> tuple[float, list[list[str]]]:
+    """The rate, and a row for each share that was tried."""
+    load = await closed_loop(url, list(requests), 16)
+    capacity, rows, best = len(requests) / load.seconds, [], 0.0
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9):
+        found = await phase(url, pid, requests, capacity * share, seconds, mixed=False)
+        healthy = found.healthy()
+        good = sum(each.outcome == "whole" and (each.ttft or 0) <= TTFT and (each.tpot or 0) <= TPOT
+                   for each in healthy) / max(len(healthy), 1)  # fmt: skip
+        rows.append([f"{capacity * share:.2f}", f"{share:.1f}", str(len(healthy)), f"{good:.0%}",
+                     f"{found.p95('ttft'):.2f}", f"{1000 * found.p95('tpot'):.0f}"])  # fmt: skip
+        print(rows[-1], flush=True)
+        if good >= 0.95:
+            best = capacity * share
+    return best or capacity * 0.5, rows
+
+
+def outcomes(found: Phase) -> str:
+    """`1 200 whole, 3 refused 429, …` of each kind."""
+    kinds = {}
+    for each in found.seen:
+        kinds.setdefault(each.kind, Counter())[each.outcome] += 1
+    return "; ".join(f"{kind}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+                     for kind, counts in sorted(kinds.items()))  # fmt: skip
+
+
+def report(name: str, rate: float, found: Phase) -> list[str]:
+    """A row of the table."""
+    sizes = [size for _, size in found.memory]
+    refused = [each for each in found.seen if each.outcome in ("refused 429", "refused 503")]
+    told_when = f"{sum(each.retry_after for each in refused)} of {len(refused)}"
+    return [name, f"{rate:.2f}", str(len(found.seen)), outcomes(found), f"{found.p95('ttft'):.2f}",
+            f"{1000 * found.p95('tpot'):.0f}", f"{sizes[0] / 1e6:.0f} → {sizes[-1] / 1e6:.0f}",
+            f"{found.slope() / 1e6:+.1f}", told_when]  # fmt: skip
+
+
+async def soak(url: str, pid: int, requests: Sequence[bytes], minutes: float) -> str:
+    """All phases; returns the section."""
+    rate, sweep = await knee(url, pid, requests, 30)
+    long = await phase(url, pid, requests, rate, 60 * minutes, mixed=True)
+    print(outcomes(long), flush=True)
+    flood = await phase(url, pid, requests, 10 * rate, 60, mixed=True)
+    rows = [["phase", "requests/s", "requests", "outcomes", "TTFT p95, s", "TPOT p95, ms", "memory (RSS), MB",
+             "slope, MB/min", "429 and 503 with Retry-After"],
+            report(f"{minutes:g} minutes at the knee", rate, long),
+            report("1 minute at ten times that", 10 * rate, flood)]  # fmt: skip
+    head = ["requests/s", "of capacity", "n", "within both limits", "TTFT p95, s", "TPOT p95, ms"]
+    return (f"{table([head, *sweep])}\n\n{table(rows)}\n\n200 tokens in, {OUT} out, greedy, streamed; limits of the "
+            f"knee: TTFT ≤ {TTFT:g} s and TPOT ≤ {1000 * TPOT:.0f} ms for 95 % of the requests. {LEAVES:.0%} leave "
+            f"after five pieces, {GARBAGE:.0%} send garbage; p95 over the healthy requests that were admitted. "
+            f"Stuck: no end within {STUCK:.0f} s. Slope over the second half of the phase.")  # fmt: skip
+
+
+def main() -> None:
+    """Serve the bundle and run all phases."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("bundle", type=Path, nargs="?", default=Path("bundles/demo-int8"))
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--port", type=int, default=18_900)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, server(asked.bundle, asked.port) as (url, pid, _):
+        rows = Path(name) / "rows.json"
+        rows.write_text(json.dumps(prompts(Bundle.open(asked.bundle), 96)))
+        put("soak", asyncio.run(soak(url, pid, bodies(rows, OUT), asked.minutes)), PAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Who may use the engine now: a bounded queue, fair between keys, that never lets in more than its memory holds."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lightship.errors import Overloaded, RequestError, Timeout
+from lightship.serving.rates import KeyRates, Speed
+from lightship.serving.ticket import Demand, Limits, Observer, Ticket, until
+
+LONG = 1 / 8  # of the pool: a request that may need more is a long one
+LONG_TOGETHER = 3 / 4  # of the pool: what long ones hold together at most while shorter ones wait
+OUTPUT_WEIGHT = 2  # tokens of a prompt that one produced token counts for, as in the paper named at `Admission`
+LONGEST_RETRY = 600  # seconds
+GUESSED_PREFILL, GUESSED_DECODE = 100.0, 10.0  # tokens/s of a slow machine, for a server that was told nothing
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state at a moment. Speeds are tokens/s of one sequence, as measured under the present load."""
+
+    running: int
+    sequences: int
+    waiting: int
+    waiting_by_key: dict[str, int]
+    blocks: int
+    blocks_used: int
+    prefill_speed: float
+    decode_speed: float
+
+
+@dataclass(eq=False)
+class _Waiting:
+    demand: Demand
+    blocks: int
+    arrived: float
+    turn: asyncio.Future[Ticket | Overloaded]
+    overtaken: float | None = None  # when a later one first went before it
+
+
+class Admission:
+    """Lets requests in, as many as fit by their worst case.
+
+    Between keys the one that was served least goes first, counting prompt tokens once and produced tokens
+    `OUTPUT_WEIGHT` times; a key that begins to wait starts level with the least of those that wait. This is the
+    virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), and needs no guess
+    of what a request will produce. Within a key the oldest goes first. When the queue is full the key that has the
+    most waiting loses its newest.
+
+    A request that does not fit may be overtaken for `Limits.patience`; then everything behind it waits until it fits.
+    Long requests are let in beyond `LONG_TOGETHER` of the pool only when no shorter one waits, or one at a time; one
+    that waits for that holds up other long ones only.
+
+    All of it runs in one event loop; nothing here blocks.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        prefill: float | None = None,
+        decode: float | None = None,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`prefill`, `decode`: tokens/s of one sequence to begin with, such as the bundle's report has them."""
+        self.limits, self.now = limits, clock
+        self._observer = observer
+        self._rates = KeyRates(clock)
+        self._prefill = Speed(prefill or GUESSED_PREFILL, half_life=4000)
+        self._decode = Speed(decode or GUESSED_DECODE, half_life=1000)
+        self._usual_output: float | None = None  # tokens of a sequence
+        self._queues: dict[str, deque[_Waiting]] = {}
+        self._running: set[Ticket] = set()
+        self._served: dict[str, float] = {}
+        self._blocks = self._long_blocks = self._sequences = 0
+
+    def snapshot(self) -> Snapshot:
+        """The state now."""
+        waiting = {key: len(queue) for key, queue in self._queues.items()}
+        return Snapshot(len(self._running), self._sequences, sum(waiting.values()), waiting, self.limits.blocks,
+                        self._blocks, self._prefill.per_second, self._decode.per_second)  # fmt: skip
+
+    async def enter(self, demand: Demand) -> Ticket:
+        """Wait for a place. Raises `RequestError` for what never fits, `Overloaded` when the queue is full or the key
+        has used what it may, and `Timeout` when the wait for the first token becomes longer than its deadline."""
+        try:
+            return await self._enter(demand)
+        except Overloaded as error:
+            self._reject(error.reason)
+            raise
+        except Timeout:
+            self._reject("deadline")
+            raise
+        except RequestError:
+            self._reject("too_large")
+            raise
+
+    async def _enter(self, demand: Demand) -> Ticket:
+        blocks = self._check(demand)
+        self._rates.take(demand.key, demand.prompt, demand.requests_per_minute, demand.tokens_per_minute)
+        now = self.now()
+        waiting = _Waiting(demand, blocks, now, asyncio.get_running_loop().create_future())
+        self._join(waiting)
+        self._fill()
+        self._shed(waiting)
+        patient = min(self.limits.first_token_deadline, self.limits.total_deadline or math.inf)
+        try:
+            async with until(now + patient, now, "the server was too busy to begin this request in time"):
+                got = await waiting.turn
+        except BaseException:
+            self._leave(waiting)
+            raise
+        if isinstance(got, Overloaded):
+            raise got
+        return got
+
+    def _reject(self, reason: str) -> None:
+        if self._observer is not None:
+            self._observer.rejected(reason)
+
+    # ── The queue ───────────────────────────────────────────────────────────
+
+    def _check(self, demand: Demand) -> int:
+        limits, blocks, sequences = self.limits, demand.blocks(self.limits.block_tokens), demand.sequences
+        many = f", in {sequences} sequences," if sequences > 1 else ""
+        if blocks > limits.blocks:
+            raise RequestError(
+                f"{demand.prompt} prompt tokens and up to {max(demand.outputs)} new ones{many} need {blocks} blocks of "
+                f"the KV cache, which has {limits.blocks} blocks of {limits.block_tokens} tokens; ask for fewer tokens",
+                "max_tokens",
+                "request_too_large",
+            )
+        if sequences > limits.max_concurrent:
+            raise RequestError(
+                f"{len(demand.prompts)} prompts × {demand.choices} choices make {sequences} sequences; this server "
+                f"runs {limits.max_concurrent} at once",
+                "n" if demand.choices > 1 else "prompt",
+                "request_too_large",
+            )
+        return blocks
+
+    def _join(self, waiting: _Waiting) -> None:
+        key = waiting.demand.key
+        if key not in self._queues:
+            waits = [self._served[other] for other in self._queues]
+            level = min(waits) if waits else max(self._served.values(), default=0.0)
+            self._served[key] = max(self._served.get(key, 0.0), level)
+            self._queues[key] = deque()
+        self._queues[key].append(waiting)
+
+    def _remove(self, waiting: _Waiting) -> None:
+        key = waiting.demand.key
+        self._queues[key].remove(waiting)
+        if not self._queues[key]:
+            del self._queues[key]
+        if not self._queues:  # nobody is owed anything
+            runs = {ticket.demand.key for ticket in self._running}
+            self._served = {key: served for key, served in self._served.items() if key in runs}
+
+    def _shed(self, arrived: _Waiting) -> None:
+        """When more wait than may, refuse the newest of the key that has most: the one that just came, if it is its."""
+        if sum(map(len, self._queues.values())) > self.limits.max_queue:
+            newest = max(self._queues.values(), key=lambda queue: (len(queue), queue[-1] is arrived))[-1]
+            self._remove(newest)
+            retry = self._retry_after()
+            self._rates.spend(newest.demand.key, -newest.demand.prompt)
+            if not newest.turn.done():
+                newest.turn.set_result(Overloaded(f"too many requests wait; try again in {retry} s", retry))
+
+    def _leave(self, waiting: _Waiting) -> None:
+        """It was cancelled or waited too long, perhaps in the moment in which its turn came."""
+        turn = waiting.turn
+        if turn.done() and not turn.cancelled():
+            if isinstance(got := turn.result(), Ticket):
+                got.close()
+            return
+        turn.cancel()
+        if waiting not in self._queues.get(waiting.demand.key, ()):
+            return  # it was refused when it was already cancelled
+        self._remove(waiting)
+        self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
+        self._fill()
+
+    # ── Whose turn it is ────────────────────────────────────────────────────
+
+    def _fill(self) -> None:
+        while (waiting := self._next()) is not None:
+            self._admit(waiting)
+
+    def _in_order(self) -> Iterator[_Waiting]:
+        for key in sorted(self._queues, key=lambda key: (self._served[key], self._queues[key][0].arrived)):
+            yield from (waiting for waiting in self._queues[key] if not waiting.turn.done())
+
+    def _next(self) -> _Waiting | None:
+        """The first in order that fits and that nobody before it holds up."""
+        if self._blocks == self.limits.blocks or self._sequences == self.limits.max_concurrent:
+            return None
+        shorter_waits = any(not self._is_long(waiting.blocks) for waiting in self._in_order())
+        now, passed, long_held = self.now(), list[_Waiting](), False
+        for waiting in self._in_order():
+            obstacle = self._obstacle(waiting, shorter_waits)
+            if obstacle is None and not (long_held and self._is_long(waiting.blocks)):
+                for other in passed:
+                    other.overtaken = now if other.overtaken is None else other.overtaken
+                return waiting
+            passed.append(waiting)
+            if waiting.overtaken is not None and now - waiting.overtaken >= self.limits.patience:
+                if obstacle == "room":
+                    return None
+                long_held = True
+        return None
+
+    def _is_long(self, blocks: int) -> bool:
+        return blocks > LONG * self.limits.blocks
+
+    def _obstacle(self, waiting: _Waiting, shorter_waits: bool) -> Literal["share", "room"] | None:
+        if self._is_long(waiting.blocks) and self._long_blocks and shorter_waits:
+            together = self._long_blocks + waiting.blocks
+            if together > LONG_TOGETHER * self.limits.blocks:
+                return "share"
+        fits = self._blocks + waiting.blocks <= self.limits.blocks
+        return None if fits and self._sequences + waiting.demand.sequences <= self.limits.max_concurrent else "room"
+
+    def _admit(self, waiting: _Waiting) -> None:
+        ticket = Ticket(self, waiting.demand, waiting.blocks, waiting.arrived, self.now())
+        self._running.add(ticket)
+        self._count(ticket, 1)
+        self._served[ticket.demand.key] += ticket.demand.prompt
+        self._remove(waiting)
+        waiting.turn.set_result(ticket)
+        if self._observer is not None:
+            self._observer.admitted(ticket)
+
+    def _count(self, ticket: Ticket, sign: int) -> None:
+        self._blocks += sign * ticket.blocks
+        self._long_blocks += sign * ticket.blocks * self._is_long(ticket.blocks)
+        self._sequences += sign * ticket.demand.sequences
+
+    # ── What tickets tell ───────────────────────────────────────────────────
+
+    def heard_first(self, ticket: Ticket, seconds: float) -> None:
+        """A ticket's prompt was read in `seconds`."""
+        self._prefill.observe(ticket.demand.prompts[0], seconds)  # the others may not have been read yet
+        if self._observer is not None:
+            self._observer.first_token(ticket)
+
+    def heard(self, ticket: Ticket, count: int, seconds: float) -> None:
+        """A ticket gained `count` tokens in `seconds`."""
+        self._rates.spend(ticket.demand.key, count)
+        self._served[ticket.demand.key] += OUTPUT_WEIGHT * count
+        if not count:
+            return
+        apart = seconds * ticket.demand.sequences if ticket.tokens else None  # of one sequence's tokens
+        if apart is not None:
+            self._decode.observe(count, apart)
+        if self._observer is not None:
+            self._observer.produced(count, apart)
+
+    def release(self, ticket: Ticket) -> None:
+        """A ticket is closed."""
+        ticket.ended = self.now()
+        self._running.remove(ticket)
+        self._count(ticket, -1)
+        if ticket.finish in ("stop", "length"):
+            output = ticket.tokens / ticket.demand.sequences
+            self._usual_output = output if self._usual_output is None else 0.9 * self._usual_output + 0.1 * output
+        if self._observer is not None:
+            self._observer.finished(ticket)
+        self._fill()
+
+    def _retry_after(self) -> int:
+        """Seconds until the work that is here now will be done: what each request still needs at the measured speeds
+        of one sequence, shared by as many as run together."""
+        waiting = sum(self._seconds(each.demand, 0, False) for each in self._in_order())
+        running = sum(self._seconds(each.demand, each.tokens, each.ttft is not None) for each in self._running)
+        together = max(1, len(self._running))
+        return min(LONGEST_RETRY, max(1, math.ceil((waiting + running) / together)))
+
+    def _seconds(self, demand: Demand, produced: int, read: bool) -> float:
+        output = max(demand.outputs) if self._usual_output is None else min(max(demand.outputs), self._usual_output)
+        left = max(0.0, output - produced / demand.sequences)
+        return (0.0 if read else demand.prompt / self._prefill.per_second) + left / self._decode.per_second

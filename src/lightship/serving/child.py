@@ -1,0 +1,119 @@
+"""A process beside the engine that answers one question at a time: what may fail or take long does it there.
+
+Questions and answers are lines of JSON over a socket pair. The child starts with the first question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+JSON = dict[str, Any]
+LINE_LIMIT = 64 * 2**20
+LOADING = 300.0  # seconds that a child may take to start
+
+
+class ChildFailed(Exception):
+    """The child ended, or took too long and was ended."""
+
+
+class Child:
+    """`python -m <module> <socket> <arguments…>`, the parent's side. After `uses` questions a new one is started."""
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], uses: int | None = None, quiet: bool = False, **environment: str
+    ) -> None:
+        self._command = [sys.executable, "-P", "-m", module]
+        self._arguments, self._uses, self._quiet = list(arguments), uses, quiet
+        self._environment = {**os.environ, **environment}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._turn = asyncio.Lock()
+        self._used = 0
+        self.memory = 0  # bytes that it had in use when it was ready
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    async def ask(self, question: JSON, timeout: float | None = None) -> JSON:
+        """The answer; raises `ChildFailed`. Whoever stops waiting leaves the child to finish what it was asked."""
+        asking = asyncio.create_task(self._ask(question, timeout))
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to see it
+        return await asyncio.shield(asking)
+
+    async def _ask(self, question: JSON, timeout: float | None) -> JSON:
+        async with self._turn:
+            if self.pid is None or (self._uses is not None and self._used >= self._uses):
+                await self._stop()
+                await self._start()
+            self._used += 1
+            return await self._exchange(question, timeout)
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno()), *self._arguments], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0, env=self._environment,
+                stderr=subprocess.DEVNULL if self._quiet else None,
+            )  # fmt: skip
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_LIMIT)
+        self._used = 0
+        self.memory = (await self._exchange(None, LOADING))["memory"]
+
+    async def _exchange(self, question: JSON | None, timeout: float | None) -> JSON:
+        assert self._reader is not None and self._writer is not None
+        try:
+            async with asyncio.timeout(timeout):
+                if question is not None:
+                    self._writer.write(json.dumps(question).encode() + b"\n")
+                line = await self._reader.readline()
+        except (TimeoutError, ConnectionError) as error:
+            await self._stop()
+            raise ChildFailed("it took too long" if isinstance(error, TimeoutError) else "it ended") from error
+        if not line.endswith(b"\n"):
+            await self._stop()
+            raise ChildFailed("it ended")
+        answer: JSON = json.loads(line)
+        return answer
+
+    async def _stop(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        self._process = self._reader = self._writer = None
+
+    async def close(self) -> None:
+        """End the child, also one that is at work."""
+        if self._process is not None:
+            self._process.kill()  # whoever waits for it learns that it ended
+        async with self._turn:
+            await self._stop()
+
+
+def answer(descriptor: int, load: Callable[[], Callable[[JSON], JSON]]) -> None:
+    """The child's side: `load`, say so, and answer each question until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
+    reply = load()
+    with socket.socket(fileno=descriptor) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        connection.sendall(json.dumps({"memory": pages * resource.getpagesize()}).encode() + b"\n")
+        for line in connection.makefile("rb"):
+            connection.sendall(json.dumps(reply(json.loads(line))).encode() + b"\n")

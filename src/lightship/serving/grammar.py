@@ -1,0 +1,114 @@
+"""Grammars are compiled in a process of their own, under limits, before the engine sees them: there one that is wrong
+ends the engine with every answer that runs in it, and one that is costly stops them all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import resource
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightship.engine import Grammar
+from lightship.errors import RequestError
+from lightship.find import find
+from lightship.serving.child import Child, ChildFailed, answer
+
+MOST_BYTES = 512 * 2**10  # of a grammar
+SECONDS = 3  # of processor time for one grammar; as long stands the engine still when it compiles it
+WALL = 10.0  # seconds for one grammar, other processes of a busy machine included
+MEMORY = 1 << 30  # bytes that compiling may take on top of what the process has
+KEPT = 64 * 2**20  # bytes that a compiled grammar may take: the engine keeps each as long as it lives
+USES = 100  # grammars until a new process, since the compiler here keeps them too
+REMEMBERED = 1000  # verdicts
+
+
+class Compiles(Protocol):
+    """What a target's `open_compiler(folder)` gives."""
+
+    def compile(self, grammar: Grammar) -> None:
+        """Raises `RuntimeError` for a grammar that the engine could not use."""
+        ...
+
+
+class Grammars:
+    """The parent's side. A target without `open_compiler` has an engine without grammars."""
+
+    def __init__(self, target: str, folder: Path) -> None:
+        self.supported = hasattr(find("targets", target), "open_compiler")
+        self._child = Child(
+            "lightship.serving.grammar", [target, str(folder)], USES, quiet=True, MALLOC_ARENA_MAX="1"
+        )  # what the compiler prints may hold the client's text
+        self._verdicts: OrderedDict[str, str | None] = OrderedDict()
+
+    async def check(self, grammar: Grammar, param: str) -> None:
+        """Raise `RequestError` naming `param` for a grammar that cannot be used, or costs too much."""
+        if not self.supported:
+            raise RequestError("this model's engine cannot hold an answer to a grammar; serve it with OpenVINO",
+                               param, "unsupported_parameter")  # fmt: skip
+        if len(grammar.text) > MOST_BYTES:
+            raise RequestError(f"the grammar exceeds {MOST_BYTES} bytes", param, "schema_too_large")
+        digest = hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).hexdigest()
+        if digest not in self._verdicts:
+            self._verdicts[digest] = await self._verdict(grammar)
+        self._verdicts.move_to_end(digest)
+        if len(self._verdicts) > REMEMBERED:
+            self._verdicts.popitem(last=False)
+        if (reason := self._verdicts[digest]) is not None:
+            raise RequestError(reason, param, "invalid_schema")
+
+    async def _verdict(self, grammar: Grammar) -> str | None:
+        try:
+            reply = await self._child.ask({"kind": grammar.kind, "text": grammar.text}, WALL)
+        except ChildFailed:
+            return f"it is too costly: compiling it took more than {SECONDS} s or {MEMORY >> 20} MiB"
+        reason: str | None = reply["error"]
+        return reason
+
+    async def close(self) -> None:
+        """End the process."""
+        await self._child.close()
+
+
+def _load(target: str, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    compiler: Compiles = find("targets", target).open_compiler(folder)
+    compiler.compile(Grammar("ebnf", 'root ::= "a"'))  # what the first one costs is not the client's
+
+    def reply(question: dict[str, Any]) -> dict[str, Any]:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + SECONDS)
+        whole, resident = _memory()
+        _limit(resource.RLIMIT_AS, whole + MEMORY)
+        try:
+            compiler.compile(Grammar(question["kind"], question["text"]))
+        except RuntimeError as error:
+            return {"error": _cleaned(str(error))}
+        taken = _memory()[1] - resident
+        return {"error": f"it is too costly: compiled it takes {taken >> 20} MiB" if taken > KEPT else None}
+
+    return reply
+
+
+def _limit(what: int, value: int) -> None:
+    """Lower the soft limit, which the next question may raise again."""
+    resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of this process: its address space, and what of it is in memory."""
+    whole, resident = Path("/proc/self/statm").read_text().split()[:2]
+    return int(whole) * resource.getpagesize(), int(resident) * resource.getpagesize()
+
+
+def _cleaned(reason: str) -> str:
+    """The compiler's message without times, places in its source, and the client's text."""
+    lines = [line for line in reason.splitlines() if line.strip() and not line.startswith("Exception from")]
+    line = re.sub(r"^\[[\d:]+\] \S+:\d+: |^.*?Check failed: .*? is false: ", "", lines[0] if lines else "")
+    return "it cannot be compiled: " + line.partition("{")[0].strip()[:200]
+
+
+if __name__ == "__main__":
+    answer(int(sys.argv[1]), lambda: _load(sys.argv[2], Path(sys.argv[3])))

@@ -1,0 +1,43 @@
+"""How a bundle is served: everything that `lightship serve` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightship.engine import EngineSettings
+from lightship.serving.keys import usual_path
+from lightship.serving.limits import Limits
+from lightship.serving.supervisor import Care
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Times are seconds.
+
+    `keys`: the key file, None for a server without keys. `max_context`: tokens of prompt and answer together, None for
+    what the model has. `max_concurrent`: sequences that run together; `max_queue`: requests that wait.
+    `first_token_deadline`: from arrival to the first token; `total_deadline`: to the last, None for none. `drain`: what
+    runs may take so long when the server ends. `metrics_port`: None puts /metrics beside the API. `vllm_names`: export
+    metrics under vLLM's names too. `log`: a line for each request goes there; None for none, 2 for standard error.
+    """
+
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    keys: Path | None = field(default_factory=usual_path)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    behind_proxy: bool = False
+    share_prefix_cache: bool = False
+    max_context: int | None = None
+    max_concurrent: int = 64
+    max_queue: int = 256
+    first_token_deadline: float = 60.0
+    total_deadline: float | None = None
+    scoring: bool = True
+    drain: float = 30.0
+    metrics_port: int | None = None
+    vllm_names: bool = False
+    log: Path | int | None = None
+    log_prompts: bool = False
+    care: Care = field(default_factory=Care)
+    limits: Limits = field(default_factory=Limits)

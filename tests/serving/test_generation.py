@@ -1,0 +1,202 @@
+"""One request of many choices, engines that die under it, and clients that wait or leave: with an engine of a few lines
+in this process."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+import uvicorn
+
+from lightship.engine import EngineSettings, Event, GenerationParams
+from lightship.errors import EngineDied, EngineError
+from lightship.serving import openai
+from lightship.serving.app import create_app
+from lightship.serving.connection import pulsing
+from lightship.serving.generation import Generation, choice_seed
+from lightship.serving.model import ServedModel
+from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.supervisor import Supervisor
+from tests.serving.test_protocol import byte_tokenizer
+
+
+@dataclass
+class Script:
+    """Says one byte a turn for each request; dies on the `deaths`-th requests after `after` tokens."""
+
+    deaths: tuple[int, ...] = ()
+    after: int = 0
+    recovers: bool = True
+    asked: list[GenerationParams] = field(default_factory=list)
+    running: int = 0
+    waited: int = 0
+
+    async def generate(self, tokens, params):
+        self.asked.append(params)
+        number = len(self.asked)
+        self.running += 1
+        try:
+            for place in range(params.max_tokens):
+                await asyncio.sleep(0)
+                if number in self.deaths and place == self.after:
+                    raise EngineDied("dead")
+                last = place == params.max_tokens - 1
+                yield Event(1, ((tokens[-1] + 1 + place) % 256,), (-1.0,), "length" if last else None)
+        finally:
+            self.running -= 1
+
+    async def recovered(self, timeout):
+        self.waited += 1
+        if not self.recovers:
+            raise EngineDied("still dead")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ServedModel("fake", "0" * 64, 2048, 256, byte_tokenizer(), None)
+
+
+def generation(engine, model, prompts=((97,),), n=1, seed=None, tokens=3):
+    params = [GenerationParams(max_tokens=tokens, seed=seed) for _ in prompts]
+    return Generation(engine, model, prompts, params, n)
+
+
+async def collect(asked):
+    return [piece async for piece in asked.pieces()]
+
+
+def test_choices_lie_prompt_by_prompt_and_the_first_keeps_the_seed(model):
+    engine = Script()
+    asked = generation(engine, model, prompts=([97], [109]), n=2, seed=5)
+    pieces = asyncio.run(asked.whole())
+    assert [(piece.index, piece.text, piece.finish) for piece in pieces] == [
+        (0, "bcd", "length"), (1, "bcd", "length"), (2, "nop", "length"), (3, "nop", "length"),
+    ]  # fmt: skip
+    assert [params.seed for params in engine.asked] == [5, choice_seed(5, 1)] * 2
+    assert asked.usage() == {"prompt_tokens": 2, "completion_tokens": 12, "total_tokens": 14}
+
+
+def test_seeds_of_choices_differ_and_stay():
+    seeds = [choice_seed(5, choice) for choice in range(8)]
+    assert seeds[0] == 5 and len(set(seeds)) == 8 and all(0 <= seed < 2**31 for seed in seeds)
+    assert seeds[1] == 1_480_426_878  # a change here changes what users get for their seeds
+    assert choice_seed(None, 3) is None
+
+
+def test_pieces_of_choices_come_side_by_side(model):
+    pieces = asyncio.run(collect(generation(Script(), model, n=3)))
+    assert {piece.index for piece in pieces[:3]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_engine_that_dies_before_anything_was_sent_is_asked_again(model, n):
+    engine = Script(deaths=(1,))
+    pieces = asyncio.run(collect(generation(engine, model, n=n)))
+    assert "".join(piece.text for piece in pieces if piece.index == 0) == "bcd"
+    assert engine.waited == 1 and engine.running == 0
+
+
+def test_a_whole_answer_is_asked_for_again_whenever_the_engine_dies(model):
+    engine = Script(deaths=(1,), after=2)
+    asked = generation(engine, model)
+    assert [piece.text for piece in asyncio.run(asked.whole())] == ["bcd"]
+    assert asked.usage()["completion_tokens"] == 3  # of the answer that was given
+
+
+def test_a_stream_that_has_begun_ends_with_the_error(model):
+    engine = Script(deaths=(1,), after=1)
+    with pytest.raises(EngineDied):
+        asyncio.run(collect(generation(engine, model)))
+    assert engine.waited == 0
+
+
+@pytest.mark.parametrize("engine", [Script(deaths=(1, 2)), Script(deaths=(1,), recovers=False)])
+def test_it_is_asked_again_once_and_only_when_it_recovers(model, engine):
+    with pytest.raises(EngineDied):
+        asyncio.run(generation(engine, model).whole())
+    assert engine.waited == 1
+
+
+def test_the_error_of_one_choice_ends_the_others(model):
+    engine = Script(deaths=(2,), after=1)
+
+    async def run():
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineError):
+                await collect(generation(engine, model, n=3, tokens=10**9))
+        return engine.running
+
+    assert asyncio.run(run()) == 0
+
+
+def test_leaving_cancels_every_choice(model):
+    engine = Script()
+
+    async def run():
+        pieces = generation(engine, model, n=4, tokens=10**9).pieces()
+        await anext(pieces)
+        assert engine.running == 4
+        async with asyncio.timeout(5):
+            await pieces.aclose()
+        return engine.running
+
+    assert asyncio.run(run()) == 0
+
+
+def test_nothing_is_said_while_nothing_comes_and_leaving_then_ends_the_source():
+    ended = []
+
+    async def slow():
+        try:
+            yield 1
+            await asyncio.sleep(0.08)
+            yield 2
+            await asyncio.sleep(9)
+        finally:
+            ended.append(True)
+
+    async def run():
+        source = pulsing(slow(), 0.02)
+        found = [await anext(source)]
+        while found[-1] != 2:
+            found.append(await anext(source))
+        found.append(await anext(source))
+        async with asyncio.timeout(5):
+            await source.aclose()
+        return found
+
+    found = asyncio.run(run())
+    assert found[0] == 1 and found[-2:] == [2, None] and 2 <= found.count(None) <= 4 and ended == [True]
+
+
+def test_over_http_a_lost_engine_costs_time_and_no_answer(tmp_path):
+    """The engine is killed under an answer that was not begun to be sent: the client sees it whole."""
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256, "max_position_embeddings": 2048}))
+    (tmp_path / "fake.json").write_text(json.dumps({"slow": 0.02}))
+    supervisor = Supervisor("fake", EngineSettings())
+    supervisor.load(tmp_path)
+    model = ServedModel.load("fake", "0" * 64, tmp_path)
+    app = create_app(supervisor, lambda app: openai.add_routes(app, supervisor, model, keep_alive=0.1))
+    with bind("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        url = url_of(bound)
+        wait_ready(url, 30, thread.is_alive)
+        pids = [supervisor.pid]
+        killer = threading.Thread(target=lambda: (time.sleep(0.3), os.kill(pids[0], signal.SIGKILL)))
+        killer.start()
+        body = {"prompt": "a", "max_tokens": 40, "n": 2}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        killer.join()
+        assert answer.status_code == 200, answer.text
+        assert [len(choice["text"]) for choice in answer.json()["choices"]] == [40, 40]
+        assert answer.json()["usage"]["completion_tokens"] == 80 and supervisor.pid != pids[0]
+        server.should_exit = True
+        thread.join(10)
