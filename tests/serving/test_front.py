@@ -49,7 +49,8 @@ def test_nothing_is_answered_without_a_key_but_health(keyed):
     url, keys, _ = keyed
     for route in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
         assert httpx.get(url + route).status_code == 401
-    assert httpx.get(f"{url}/livez").status_code == httpx.get(f"{url}/readyz").status_code == 200
+    for route in ("/livez", "/readyz"):
+        assert httpx.get(url + route).status_code == httpx.head(url + route).status_code == 200
     assert post(url, {"prompt": "a", "max_tokens": 2}).json()["error"]["code"] == "invalid_api_key"
     assert post(url, {"prompt": "a", "max_tokens": 2}, keys["plain"]).status_code == 200
     assert post(url, {"prompt": "a", "max_tokens": 2}, keys["watcher"]).status_code == 403

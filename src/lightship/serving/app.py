@@ -108,13 +108,15 @@ def create_app(
 
 
 def _health(app: FastAPI, engine: Served) -> None:
-    @app.api_route("/livez", methods=["GET", "HEAD"])
+    @app.head("/livez", include_in_schema=False)
+    @app.get("/livez")
     async def livez() -> Response:
         if engine.live:
             return JSONResponse({"status": "alive"})
         return JSONResponse({"status": "stuck", "reason": engine.failure}, 503)
 
-    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    @app.head("/readyz", include_in_schema=False)
+    @app.get("/readyz")
     async def readyz() -> Response:
         if app.state.stopping():
             return JSONResponse({"status": "stopping", "reason": None}, 503)
