@@ -4,8 +4,10 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
+import struct
 import threading
 import time
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from lightship.report import Report
 from lightship.serving.keys import KeyFile
 from lightship.serving.server import Serving, running, wait_ready
 from lightship.serving.settings import ServeSettings
-from lightship.serving.supervisor import Supervisor
+from lightship.serving.supervisor import Care, Supervisor
 from tests.serving.door import model_folder
 from tests.serving.test_api import worker_pids
 
@@ -147,9 +149,9 @@ def narrow(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def occupied(url):
-    """A stream that holds the only place."""
-    body = {"prompt": "a", "max_tokens": 100_000, "stream": True}
+def occupied(url, tokens=100_000):
+    """A stream that runs meanwhile."""
+    body = {"prompt": "a", "max_tokens": tokens, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -226,3 +228,68 @@ def test_reproducible_holds_under_load(bundle_path):
             among = [pool.submit(post, url, asked) for _ in range(2)]
             assert [each.result().json()["choices"][0]["text"] for each in among] == [alone, alone]
             assert len({each.result().json()["choices"][0]["text"] for each in running_others}) == 12
+
+
+# ── Hostile surroundings ────────────────────────────────────────────────────
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    """A day ahead and a year back while an answer runs: deadlines and the watchdog go by a clock that only runs on."""
+    real = time.time
+    settings = ServeSettings(keys=None, first_token_deadline=30, total_deadline=60, care=Care(stall=5))
+    with faked(tmp_path, settings) as url, occupied(url, 800) as lines:
+        for jump in (86_400, -31_536_000):
+            monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+            assert post(url, {"prompt": "a", "max_tokens": 5}).status_code == 200
+        events = [line for line in lines if line]
+        assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length" and events[-1] == "data: [DONE]"
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert scraped(url, "none")["lightship:engine_restarts_total"] == 0
+
+
+def hostile(place, chance):
+    """One client that misbehaves in one of six ways."""
+    body = json.dumps({"prompt": "a", "max_tokens": 5000, "stream": chance.random() < 0.7}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    way = chance.choice(["mid-head", "mid-body", "mid-stream", "reset", "half-closed", "garbage"])
+    with contextlib.suppress(OSError), socket.create_connection((place.host, place.port), 5) as connection:
+        sent = {"mid-head": whole[: chance.randrange(1, len(head))], "mid-body": whole[:-5],
+                "garbage": chance.randbytes(200)}.get(way, whole)  # fmt: skip
+        connection.sendall(sent)
+        if way in ("mid-stream", "reset"):
+            connection.recv(chance.randrange(1, 4000))
+        if way == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if way == "half-closed":
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(chance.random() / 10)
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(120, marks=pytest.mark.slow)])
+def test_hostile_disconnects(tmp_path, seconds):
+    """Eight clients that break off in every way; one beside them is always answered, and at the end nothing runs."""
+    with faked(tmp_path, ServeSettings(keys=None)) as url:
+        place, until = httpx.URL(url), time.monotonic() + seconds
+
+        def spoil(seed):
+            chance = random.Random(seed)
+            count = 0
+            while time.monotonic() < until:
+                hostile(place, chance)
+                count += 1
+            return count
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            spoiling = [pool.submit(spoil, seed) for seed in range(8)]
+            answered = 0
+            while time.monotonic() < until:
+                answer = post(url, {"prompt": "a", "max_tokens": 3}, timeout=20)
+                assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == "bcd"
+                answered += 1
+        assert answered >= 3 and sum(each.result() for each in spoiling) > 50
+        deadline = time.monotonic() + 15
+        while (now := scraped(url, "none"))["lightship:num_requests_running"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert now["lightship:num_requests_running"] == now["lightship:num_requests_waiting"] == 0
+        assert now["lightship:engine_restarts_total"] == 0
