@@ -136,9 +136,11 @@ class Overloaded(EngineError):
 
 
 class Timeout(EngineError):
-    """A request waited or ran longer than its deadline; `code` for OpenAI's envelope."""
+    """A request waited or ran longer than its deadline; `code` for OpenAI's envelope. `retry_after`: as of
+    `Overloaded`, where it waited for its turn."""
 
     http_status = 503
+    retry_after: int | None = None
     code = "timeout"
 
 

@@ -168,6 +168,7 @@ def test_who_waits_too_long_is_told_and_who_is_too_many_is_told_at_once(narrow):
         assert int(refused.headers["retry-after"]) >= 1 and not waiting.done()
         late = waiting.result()
     assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"
+    assert int(late.headers["retry-after"]) >= 1
     assert post(narrow, body).status_code == 200  # the one that left has given its place back
 
 

@@ -94,7 +94,8 @@ class Admission:
         except Overloaded as error:
             self._reject(error.reason)
             raise
-        except Timeout:
+        except Timeout as error:
+            error.retry_after = self._retry_after()
             self._reject("deadline")
             raise
         except RequestError:
