@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -55,7 +56,7 @@ def alphanumeric(length: int) -> str:
     return "".join(secrets.choice(ALPHANUMERIC) for _ in range(length))
 
 
-class Parser:
+class Parser(ABC):
     """Reads one answer: `push` its text as it comes, then `finish`. Where the text is cut plays no role.
 
     A call is given when it is whole and names one of `names` with an object of arguments; what only looks like one is
@@ -112,10 +113,10 @@ class Parser:
             return (start if final else place), None
         return (place, start) if self._held[start] == "{" else (behind, None)
 
+    @abstractmethod
     def _closing(self, final: bool) -> tuple[int, int | None] | None:
         """After a call: how much of the held text closes it, and where behind that the next one begins at once; None
         as long as that is open."""
-        raise NotImplementedError
 
     def _rejected(self, opening: str, text: str, whole: bool) -> int:
         """How much of `opening` and `text`, the object after it, is content when that is no call; the rest is read

@@ -1,0 +1,211 @@
+"""OpenVINO, the decoders: continuous batching by OpenVINO GenAI. `openvino.py` opens and exports them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightship.checkpoint import context_length
+from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
+from lightship.errors import ContextTooLong, EngineError, RequestError
+from lightship.targets import _openvino_grammar
+
+BATCHING = "continuous"
+BLOCK_TOKENS = 32  # of one block of the paged KV cache on a processor
+
+
+class OpenVINOEngine:
+    """Continuous batching over the paged KV cache of OpenVINO GenAI. Bounds every request before the runtime sees it:
+    it would accept foreign ids and prompts beyond the context, and answer garbage."""
+
+    def __init__(self, folder: Path, settings: EngineSettings, properties: Mapping[str, Any]) -> None:
+        """`properties`: what OpenVINO is to compile `folder` with. Raises `EngineError` when it cannot be served."""
+        import openvino_genai as genai
+
+        config = json.loads((folder / "config.json").read_text())
+        self.context = context_length(config) or 2048
+        self.vocabulary: int = config["vocab_size"]
+        generation = folder / "generation_config.json"
+        eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+        eos = config.get("eos_token_id") if eos is None else eos
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else ((eos,) if isinstance(eos, int) else tuple(eos))
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size = settings.kv_cache_gb
+        scheduler.max_num_seqs = settings.max_num_seqs
+        scheduler.max_num_batched_tokens = settings.max_batched_tokens
+        scheduler.enable_prefix_caching = settings.prefix_cache
+        self._genai = genai
+        try:
+            self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", dict(properties))
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO GenAI cannot serve {folder} by continuous batching: {str(error).strip().splitlines()[-1]}",
+                hint="try --target onnx",
+            ) from error
+        self._most = settings.max_num_seqs  # the runtime's own bound does not hold where prefill and decode are mixed
+        self._waiting: deque[tuple[int, Sequence[int], Any, tuple[int, ...]]] = deque()
+        self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
+        self._next_id = 0
+        self._blocks = self._count_blocks()
+
+    def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
+        self._check(tokens, params)
+        self._next_id += 1
+        stops = () if params.ignore_eos else self._stops(params)
+        self._waiting.append((self._next_id, tokens, self._config(params), stops))
+        return self._next_id
+
+    def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> None:
+        import openvino as ov
+
+        ids = ov.Tensor(np.array([tokens], dtype=np.int64))
+        self._running[request_id] = (self._pipeline.add_request(request_id, ids, config), stops)
+
+    def _check(self, tokens: Sequence[int], params: GenerationParams) -> None:
+        if not tokens:
+            raise RequestError("the prompt is empty", "prompt")
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+            raise RequestError(f"token ids must lie in 0 … {self.vocabulary - 1}", "prompt", "invalid_token_id")
+        if len(tokens) + params.max_tokens > self.context:
+            raise ContextTooLong(
+                f"{len(tokens)} prompt tokens and {params.max_tokens} new ones exceed the context of {self.context}"
+            )
+
+    def _stops(self, params: GenerationParams) -> tuple[int, ...]:
+        return (*self.eos_token_ids, *params.stop_token_ids)
+
+    def _config(self, params: GenerationParams) -> Any:
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = params.max_tokens
+        config.ignore_eos = params.ignore_eos
+        if not params.ignore_eos and self._stops(params):
+            stops = self._stops(params)
+            config.set_eos_token_id(stops[0])  # without it the pipeline does not stop at stop_token_ids either
+            config.stop_token_ids = set(stops)
+        config.logprobs = 1 if params.logprobs else 0
+        config.presence_penalty = params.presence_penalty
+        config.frequency_penalty = params.frequency_penalty
+        config.repetition_penalty = params.repetition_penalty
+        if params.temperature > 0:
+            config.do_sample = True
+            config.temperature = params.temperature
+            config.top_p = params.top_p
+            config.top_k = params.top_k or self.vocabulary
+            if params.min_p > 0:
+                config.min_p = params.min_p
+            config.rng_seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4), "little")
+        if params.grammar is not None:
+            config.structured_output_config = _openvino_grammar.config(params.grammar)
+        return config
+
+    def prompt_logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """log p(token[i] | tokens before i) for i ≥ 1 on the served path, shape (len(tokens) − 1,).
+
+        Only right with the prefix cache off: with a hit the runtime leaves positions out.
+        """
+        config = self._config(GenerationParams(max_tokens=1, ignore_eos=True, logprobs=True))
+        config.echo = True
+        self._next_id += 1
+        self._add(self._next_id, tokens, config, ())
+        values: list[float] = []
+        while self.busy():
+            for event in self.step():
+                values.extend(event.logprobs)
+        if len(values) != len(tokens) + 1:
+            raise EngineError(
+                f"{len(values)} prompt log-probabilities for {len(tokens)} tokens: is the prefix cache on?"
+            )
+        return np.array(values[1 : len(tokens)], np.float32)
+
+    def step(self) -> list[Event]:
+        while self._waiting and len(self._running) < self._most:
+            self._add(*self._waiting.popleft())
+        if self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        return [event for request_id in list(self._running) if (event := self._read(request_id)) is not None]
+
+    def _read(self, request_id: int) -> Event | None:
+        handle, stops = self._running[request_id]
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while handle.can_read():
+            for output in handle.read().values():
+                tokens.extend(output.generated_ids)
+                logprobs.extend(output.generated_log_probs)
+        reason = self._reason(handle, tokens, stops)
+        if reason is not None:
+            del self._running[request_id]
+        if reason == "stop" and tokens and tokens[-1] in stops:
+            tokens, logprobs = tokens[:-1], logprobs[: len(tokens) - 1]
+        if not tokens and not logprobs and reason is None:
+            return None
+        error = "the KV cache is exhausted" if reason == "error" else None
+        return Event(request_id, tuple(tokens), tuple(logprobs), reason, error)
+
+    def _reason(self, handle: Any, tokens: list[int], stops: tuple[int, ...]) -> FinishReason | None:
+        status = handle.get_status()
+        kinds = self._genai.GenerationStatus
+        if status == kinds.RUNNING:
+            return None
+        if status == kinds.FINISHED:
+            return "stop" if tokens and tokens[-1] in stops else "length"
+        return "cancelled" if status in (kinds.CANCEL, kinds.STOP) else "error"
+
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def cancel(self, request_id: int) -> None:
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != request_id)
+        if request_id in self._running:
+            handle, _ = self._running.pop(request_id)
+            handle.cancel()
+
+    def _count_blocks(self) -> int | None:
+        """Blocks of the KV cache: one step of a short prompt takes one of them, and the pipeline tells its share. None
+        where it tells none."""
+        request_id = self.submit([0], GenerationParams(max_tokens=2, ignore_eos=True))
+        self.step()
+        share: float = self._pipeline.get_metrics().cache_usage
+        self.cancel(request_id)
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        return round(100 / share) if share > 0 else None
+
+    def stats(self) -> dict[str, Any]:
+        usage = self._pipeline.get_metrics().cache_usage / 100 if self._running else 0.0  # it is stale when idle
+        return {"running": len(self._running), "waiting": len(self._waiting), "context": self.context,
+                "vocabulary": self.vocabulary, "batching": BATCHING, "blocks": self._blocks,
+                "block_tokens": BLOCK_TOKENS, "cache_usage": usage}  # fmt: skip
+
+    def close(self) -> None:
+        for request_id in list(self._running):
+            self.cancel(request_id)
+        del self._pipeline
+        _drop_signal_stack()
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of sigaltstack(2) on Linux."""
+
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+def _drop_signal_stack() -> None:
+    """Let this thread take signals on its ordinary stack.
+
+    Each instance of OpenVINO's CPU plugin (2026.4) gives its thread a signal stack and puts back the one before when it
+    ends. A pipeline's instances end in another order than they began, which leaves the thread with a stack that is
+    freed: the next signal, such as Ctrl-C, is then a segmentation fault.
+    """
+    if sys.platform == "linux":
+        disable = 2  # SS_DISABLE
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(_SignalStack(None, disable, 0)), None)
