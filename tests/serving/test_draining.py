@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import threading
 import time
 
 import httpx
@@ -15,7 +14,7 @@ from lightship.serving import openai
 from lightship.serving.app import create_app
 from lightship.serving.draining import Door, DrainingServer, Turnstile
 from lightship.serving.model import ServedModel
-from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.server import bind, in_thread, url_of
 from lightship.serving.supervisor import Supervisor
 from tests.serving.test_protocol import byte_tokenizer
 
@@ -39,14 +38,8 @@ def served(folder, drain):
     app.add_middleware(Turnstile, door=door)
     with bind("127.0.0.1", 0) as bound:
         server = DrainingServer(uvicorn.Config(app, log_level="critical"), door, worker.close, drain)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        wait_ready(url_of(bound), 30, thread.is_alive)
-        try:
+        with in_thread(server, bound, url_of(bound)) as thread:
             yield url_of(bound), server, thread
-        finally:
-            server.should_exit = True
-            thread.join(10)
     assert not thread.is_alive() and not worker.alive
 
 

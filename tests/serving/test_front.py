@@ -20,7 +20,7 @@ from lightship.engine import EngineSettings
 from lightship.errors import UsageError
 from lightship.report import Report
 from lightship.serving.keys import KeyFile
-from lightship.serving.server import Serving, running, wait_ready
+from lightship.serving.server import Serving, in_thread, running, wait_ready
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Care, Supervisor
 from tests.serving.door import model_folder
@@ -130,14 +130,8 @@ def faked(folder, settings):
                              report=Report(()))  # fmt: skip
     with Serving(settings, "127.0.0.1", 0) as serving:
         server, _ = serving.server(bundle, Supervisor("fake", serving.settings.engine, serving.settings.care))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [serving.bound]}, daemon=True)
-        thread.start()
-        try:
-            wait_ready(serving.url, 30, thread.is_alive)
+        with in_thread(server, serving.bound, serving.url):
             yield serving.url
-        finally:
-            server.should_exit = True
-            thread.join(20)
 
 
 @pytest.fixture(scope="module")

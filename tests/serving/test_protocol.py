@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
@@ -29,7 +28,7 @@ from lightship.serving.keys import KeyRing
 from lightship.serving.limits import BODY_LIMIT, Limits
 from lightship.serving.model import DEFAULT_MAX_TOKENS, ServedModel, fingerprint
 from lightship.serving.schema import ChatRequest, CompletionRequest
-from lightship.serving.server import bind, url_of, wait_ready
+from lightship.serving.server import bind, in_thread, url_of, wait_ready
 from lightship.serving.supervisor import Supervisor
 from lightship.serving.text import TextStream
 from lightship.tokenizer import load_tokenizer
@@ -72,14 +71,8 @@ def served(folder):
     guard(app, KeyRing(None), Limits())
     with bind("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        try:
-            wait_ready(url_of(bound), 30, thread.is_alive)
+        with in_thread(server, bound, url_of(bound)):
             yield url_of(bound), worker
-        finally:
-            server.should_exit = True
-            thread.join(10)
     assert not worker.alive
 
 

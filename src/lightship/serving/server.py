@@ -214,14 +214,21 @@ def running(
         chosen = serving.settings
         engine = Supervisor(opened.targets[0], chosen.engine, chosen.care) if opened.kind == "decoder" else None
         server, _ = serving.server(opened, engine)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [serving.bound]}, daemon=True)
-        thread.start()
-        try:
-            wait_ready(serving.url, alive=thread.is_alive)
+        with in_thread(server, serving.bound, serving.url):
             yield serving.url
-        finally:
-            server.should_exit = True
-            thread.join(40)
+
+
+@contextlib.contextmanager
+def in_thread(server: uvicorn.Server, bound: socket.socket, url: str) -> Iterator[threading.Thread]:
+    """`server` on `bound` in a thread, ready; stopped afterwards."""
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    try:
+        wait_ready(url, alive=thread.is_alive)
+        yield thread
+    finally:
+        server.should_exit = True
+        thread.join(40)
 
 
 def wait_ready(url: str, timeout: float = 300, alive: Callable[[], bool] = lambda: True) -> None:
