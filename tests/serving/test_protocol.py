@@ -298,7 +298,7 @@ def endless(url, **options):
     return httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def endless_folder(folder, tmp_path_factory):
     """The same without an end token."""
     endless = tmp_path_factory.mktemp("endless")
@@ -324,6 +324,7 @@ def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
             os.kill(worker.pid, signal.SIGINT)
             next(lines)
             assert worker.alive
+            (endless_folder / "fake.json").write_text('{"load": 2}')  # the next engine takes its time
             os.kill(worker.pid, signal.SIGKILL)
             data = [line for line in lines if line]
         assert json.loads(data[-2][6:])["error"]["type"] == "server_error" and data[-1] == "data: [DONE]"

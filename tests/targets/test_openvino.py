@@ -1,5 +1,6 @@
 """The OpenVINO target beyond its gates."""
 
+import logging
 import subprocess
 import sys
 
@@ -7,12 +8,15 @@ import numpy as np
 import openvino
 import openvino_tokenizers
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from lightship.calibration import default_text
+from lightship.errors import UnsupportedError
 from lightship.pipeline import convert
 from lightship.recipe import Precision, Recipe
 from lightship.targets._openvino_weights import HEAD_GROUP, _head
+from lightship.targets._tracing import tracing
 from lightship.targets.openvino import GRAPH
 from lightship.tokenizer import load_tokenizer
 from tests.tiny import tiny_llama
@@ -52,6 +56,20 @@ def test_the_tokenizer_beside_the_graph_gives_the_same_ids(bundle_path):
         if expected:
             found = decoder(np.array([expected]))["string_output"][0]
             assert found == tokenizer.decode(expected), text
+
+
+def test_a_refused_model_leaves_the_callers_logging_as_it_was(llama):
+    """OpenVINO's converter leaves the root logger at ERROR when it fails, so that later warnings were lost."""
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
+    with pytest.raises(UnsupportedError, match="could not be exported to OpenVINO"), tracing(llama, "OpenVINO"):
+        openvino.convert_model(_Untraceable(), example_input=torch.ones(1))
+    assert (root.level, root.filters, root.handlers) == before
+
+
+class _Untraceable(torch.nn.Module):
+    def forward(self, value):
+        raise RuntimeError("cannot be traced")
 
 
 NARROW = {"int8": Precision(name="int8"),

@@ -28,6 +28,8 @@ def tracing(checkpoint: Checkpoint, runtime: str) -> Iterator[None]:
     # they advise whoever wrote this call, not who runs it, and miss packages for vision models
     for name in ("transformers", exporter_dynamo.__file__, "torch.onnx._internal.exporter._registration"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
     try:
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export's, about a type of its own
@@ -41,3 +43,7 @@ def tracing(checkpoint: Checkpoint, runtime: str) -> Iterator[None]:
             f"{type(error).__name__}: {said}",
             hint=HINTS["decoder" if checkpoint.kind in GENERATORS else "encoder"],
         ) from error
+    finally:
+        # OpenVINO silences all warnings while it converts, and for good when it fails
+        root.setLevel(before[0])
+        root.filters, root.handlers = before[1:]
