@@ -118,8 +118,8 @@ class ClientLeft(EngineError):
 
 class Overloaded(EngineError):
     """No room for another request now. `retry_after`: whole seconds after which one more try makes sense; `reason`: the
-    limit that was met (`queue_full`, `requests_per_minute`, `tokens_per_minute`). `code` and `kind` (OpenAI's `type`)
-    go into the envelope; None leaves them to the table."""
+    limit that was met (`queue_full`, `queue_slow`, `requests_per_minute`, `tokens_per_minute`). `code` and `kind`
+    (OpenAI's `type`) go into the envelope; None leaves them to the table."""
 
     http_status = 429
     retry_after: int | None = None
@@ -131,7 +131,7 @@ class Overloaded(EngineError):
         self.reason = reason
         if retry_after is not None:
             self.retry_after = retry_after
-        if reason != "queue_full":
+        if reason.endswith("_per_minute"):
             self.code, self.kind = "rate_limit_exceeded", reason.removesuffix("_per_minute")
 
 

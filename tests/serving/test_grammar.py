@@ -14,9 +14,9 @@ import openai
 import pytest
 
 from lightship.engine import EngineSettings, GenerationParams, Grammar
-from lightship.errors import RequestError
+from lightship.errors import Overloaded, RequestError
 from lightship.find import find
-from lightship.serving.grammar import USES, Grammars
+from lightship.serving.grammar import MOST_WAITING, USES, Grammars
 from lightship.serving.json_schema import MOST_BYTES, any_object, number_range, to_grammar
 from lightship.serving.patterns import Untranslatable, translate
 from lightship.serving.server import running
@@ -290,6 +290,52 @@ def test_leaving_while_it_compiles_does_not_mix_the_answers_up(folder):
         await grammars.close()
 
     asyncio.run(run())
+
+
+def numbered(number):
+    """A grammar that no other test has."""
+    return Grammar("ebnf", f'root ::= "line {number}"')
+
+
+def test_keys_take_turns_and_none_may_have_too_many_waiting(folder):
+    async def run():
+        grammars, ends = Grammars("openvino", folder), []
+        await grammars.check(GOOD, "x")
+
+        async def one(key, number):
+            await grammars.check(numbered(number), "x", key)
+            ends.append(key)
+
+        flood = [asyncio.create_task(one("flood", number)) for number in range(MOST_WAITING)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="too many schemas") as refused:
+            await grammars.check(numbered(-1), "x", "flood")
+        assert refused.value.http_status == 429 and refused.value.retry_after == 24
+        await one("other", 100)
+        assert len(ends) <= 3  # one of the flood was at work, one before it in the line
+        await asyncio.gather(*flood)
+        assert ends.count("flood") == MOST_WAITING and not grammars._lines
+        await grammars.close()
+
+    asyncio.run(run())
+
+
+def test_who_left_before_its_turn_costs_nothing(folder):
+    async def run():
+        grammars = Grammars("openvino", folder)
+        await grammars.check(GOOD, "x")
+        used = grammars._child._used
+        leaving = [
+            asyncio.create_task(grammars.check(numbered(number), "x", str(number))) for number in range(200, 220)
+        ]
+        await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        await grammars.check(numbered(300), "x")
+        await grammars.close()
+        return grammars._child._used - used
+
+    assert asyncio.run(run()) <= 2  # the one whose turn it was, and the last
 
 
 # ── Over HTTP ───────────────────────────────────────────────────────────────

@@ -484,6 +484,19 @@ def test_an_engine_that_grows_is_replaced_when_it_is_idle(tmp_path, caplog):
     assert "when loaded" in caplog.text
 
 
+def test_memory_is_limited_when_nobody_says_how(tmp_path, monkeypatch):
+    faults(tmp_path, leak=2**20)
+    monkeypatch.setattr("lightship.serving.supervisor.SPARE", 50 * 2**20 - 2**30)  # 50 MiB with the KV cache
+
+    async def run():
+        async with supervised(tmp_path, replace(QUICK, window=1.0)) as supervisor:
+            assert supervisor._settings.kv_cache_gb == 1
+            await tokens(supervisor, count=100)
+            await until(lambda: supervisor.restarts == 1 and supervisor.ready)
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_grows_and_never_rests_is_drained_then_not_waited_for(tmp_path):
     faults(tmp_path, leak=2**20, slow=0.01)
 

@@ -47,7 +47,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stall", default=60.0, show_default=True, type=SECONDS,
                      help="Seconds without a step after which the engine is started again."),
         click.option("--max-memory", type=click.FloatRange(min=0.1),
-                     help="GiB of the engine's process above which it is started again when idle."),
+                     help="GiB of the engine's process above which it is started again when idle "
+                     "(default: what it has when loaded, the KV cache and 2)."),
         click.option("--drain", default=30.0, show_default=True, type=click.FloatRange(min=0),
                      help="Seconds for what runs when the server is told to stop."),
         click.option("--threads", type=click.IntRange(1), help="Threads of the engine (default: all cores)."),

@@ -18,6 +18,7 @@ LONG = 1 / 8  # of the pool: a request that may need more is a long one
 LONG_TOGETHER = 3 / 4  # of the pool: what long ones hold together at most while shorter ones wait
 OUTPUT_WEIGHT = 2  # tokens of a prompt that one produced token counts for, as in the paper named at `Admission`
 LONGEST_RETRY = 600  # seconds
+WORTH_WAITING = 1 / 2  # of the deadline for the first token: who would probably wait longer is refused at once
 GUESSED_PREFILL, GUESSED_DECODE = 100.0, 10.0  # tokens/s of a slow machine, for a server that was told nothing
 
 
@@ -51,7 +52,8 @@ class Admission:
     `OUTPUT_WEIGHT` times; a key that begins to wait starts level with the least of those that wait. This is the
     virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), and needs no guess
     of what a request will produce. Within a key the oldest goes first. When the queue is full the key that has the
-    most waiting loses its newest.
+    most waiting loses its newest. Who would wait long, as measured so far, is refused at once: that client learns now
+    what it would learn at the deadline, and nobody is kept waiting for nothing.
 
     A request that does not fit may be overtaken for `Limits.patience`; then everything behind it waits until it fits.
     Long requests are let in beyond `LONG_TOGETHER` of the pool only when no shorter one waits, or one at a time; one
@@ -87,8 +89,8 @@ class Admission:
                         self._blocks, self._prefill.per_second, self._decode.per_second)  # fmt: skip
 
     async def enter(self, demand: Demand) -> Ticket:
-        """Wait for a place. Raises `RequestError` for what never fits, `Overloaded` when the queue is full or the key
-        has used what it may, and `Timeout` when the wait for the first token becomes longer than its deadline."""
+        """Wait for a place. Raises `RequestError` for what never fits, `Overloaded` when the queue is full or too slow
+        or the key has used what it may, and `Timeout` when the first token does not come within its deadline."""
         try:
             return await self._enter(demand)
         except Overloaded as error:
@@ -110,6 +112,7 @@ class Admission:
         self._join(waiting)
         self._fill()
         self._shed(waiting)
+        self._turn_away(waiting)
         patient = min(self.limits.first_token_deadline, self.limits.total_deadline or math.inf)
         try:
             async with until(now + patient, now, "the server was too busy to begin this request in time"):
@@ -168,11 +171,23 @@ class Admission:
         """When more wait than may, refuse the newest of the key that has most: the one that just came, if it is its."""
         if sum(map(len, self._queues.values())) > self.limits.max_queue:
             newest = max(self._queues.values(), key=lambda queue: (len(queue), queue[-1] is arrived))[-1]
-            self._remove(newest)
-            retry = self._retry_after()
-            self._rates.spend(newest.demand.key, -newest.demand.prompt)
-            if not newest.turn.done():
-                newest.turn.set_result(Overloaded(f"too many requests wait; try again in {retry} s", retry))
+            self._refuse(newest, "too many requests wait", "queue_full")
+
+    def _turn_away(self, arrived: _Waiting) -> None:
+        """Refuse the one that just came when it would probably wait too long. Nothing is known of answers' lengths, and
+        nobody turned away, before the first has ended."""
+        if arrived.turn.done() or self._usual_output is None:
+            return
+        worth = WORTH_WAITING * self.limits.first_token_deadline
+        if (wait := self._wait(arrived)) > worth:
+            self._refuse(arrived, f"the first token would take about {math.ceil(wait)} s", "queue_slow")
+
+    def _refuse(self, waiting: _Waiting, why: str, reason: str) -> None:
+        self._remove(waiting)
+        retry = self._retry_after()
+        self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
+        if not waiting.turn.done():
+            waiting.turn.set_result(Overloaded(f"{why}; try again in {retry} s", retry, reason))
 
     def _leave(self, waiting: _Waiting) -> None:
         """It was cancelled or waited too long, perhaps in the moment in which its turn came."""
@@ -278,12 +293,24 @@ class Admission:
     def _retry_after(self) -> int:
         """Seconds until the work that is here now will be done: what each request still needs at the measured speeds
         of one sequence, shared by as many as run together."""
-        waiting = sum(self._seconds(each.demand, 0, False) for each in self._in_order())
-        running = sum(self._seconds(each.demand, each.tokens, each.ttft is not None) for each in self._running)
-        together = max(1, len(self._running))
-        return min(LONGEST_RETRY, max(1, math.ceil((waiting + running) / together)))
+        waiting = sum(self._seconds(each.demand) for each in self._in_order())
+        return min(LONGEST_RETRY, max(1, math.ceil(self._together(waiting + self._left()))))
 
-    def _seconds(self, demand: Demand, produced: int, read: bool) -> float:
+    def _wait(self, arrived: _Waiting) -> float:
+        """Seconds until the last one of its key will probably have its first token: behind what runs, what its key has
+        waiting, and as much as that of each other key."""
+        work = {key: sum(self._seconds(each.demand) for each in queue) for key, queue in self._queues.items()}
+        own = work[arrived.demand.key]
+        ahead = sum(min(own, other) for other in work.values()) - self._seconds(arrived.demand)
+        return self._together(ahead + self._left()) + arrived.demand.prompt / self._prefill.per_second
+
+    def _left(self) -> float:
+        return sum(self._seconds(each.demand, each.tokens, each.ttft is not None) for each in self._running)
+
+    def _together(self, seconds: float) -> float:
+        return seconds / max(1, len(self._running))
+
+    def _seconds(self, demand: Demand, produced: int = 0, read: bool = False) -> float:
         output = max(demand.outputs) if self._usual_output is None else min(max(demand.outputs), self._usual_output)
         left = max(0.0, output - produced / demand.sequences)
         return (0.0 if read else demand.prompt / self._prefill.per_second) + left / self._decode.per_second

@@ -49,18 +49,24 @@ class Child:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     async def ask(self, question: JSON, timeout: float | None = None) -> JSON:
-        """The answer; raises `ChildFailed`. Whoever stops waiting leaves the child to finish what it was asked."""
+        """The answer; raises `ChildFailed`. Whoever stops waiting for its turn is gone from the line; after that the
+        child finishes what it was asked, though nobody may be left to hear it."""
+        await self._turn.acquire()
         asking = asyncio.create_task(self._ask(question, timeout))
-        asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to see it
+        asking.add_done_callback(self._asked)
         return await asyncio.shield(asking)
 
+    def _asked(self, task: asyncio.Task[JSON]) -> None:
+        self._turn.release()
+        if not task.cancelled():
+            task.exception()  # seen, whoever else is left to see it
+
     async def _ask(self, question: JSON, timeout: float | None) -> JSON:
-        async with self._turn:
-            if self.pid is None or (self._uses is not None and self._used >= self._uses):
-                await self._stop()
-                await self._start()
-            self._used += 1
-            return await self._exchange(question, timeout)
+        if self.pid is None or (self._uses is not None and self._used >= self._uses):
+            await self._stop()
+            await self._start()
+        self._used += 1
+        return await self._exchange(question, timeout)
 
     async def _start(self) -> None:
         ours, theirs = socket.socketpair()

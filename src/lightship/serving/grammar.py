@@ -3,17 +3,20 @@ ends the engine with every answer that runs in it, and one that is costly stops 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import resource
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from lightship.engine import Grammar
-from lightship.errors import RequestError
+from lightship.errors import Overloaded, RequestError
 from lightship.find import find
 from lightship.serving.child import Child, ChildFailed, answer
 
@@ -24,6 +27,7 @@ MEMORY = 1 << 30  # bytes that compiling may take on top of what the process has
 KEPT = 64 * 2**20  # bytes that a compiled grammar may take: the engine keeps each as long as it lives
 USES = 100  # grammars until a new process, since the compiler here keeps them too
 REMEMBERED = 1000  # verdicts
+MOST_WAITING = 8  # grammars of one key that wait to be compiled
 
 
 class Compiles(Protocol):
@@ -32,6 +36,14 @@ class Compiles(Protocol):
     def compile(self, grammar: Grammar) -> None:
         """Raises `RuntimeError` for a grammar that the engine could not use."""
         ...
+
+
+@dataclass
+class _Line:
+    """The grammars of one key."""
+
+    waiting: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Grammars:
@@ -43,9 +55,12 @@ class Grammars:
             "lightship.serving.grammar", [target, str(folder)], USES, quiet=True, MALLOC_ARENA_MAX="1"
         )  # what the compiler prints may hold the client's text
         self._verdicts: OrderedDict[str, str | None] = OrderedDict()
+        self._lines: dict[str, _Line] = {}
 
-    async def check(self, grammar: Grammar, param: str) -> None:
-        """Raise `RequestError` naming `param` for a grammar that cannot be used, or costs too much."""
+    async def check(self, grammar: Grammar, param: str, key: str = "") -> None:
+        """Raise `RequestError` naming `param` for a grammar that cannot be used, or costs too much. Each `key` has one
+        at a time in the line of all, so that nobody waits for all that another sent; raises `Overloaded` when it has
+        too many behind that."""
         if not self.supported:
             raise RequestError("this model's engine cannot hold an answer to a grammar; serve it with OpenVINO",
                                param, "unsupported_parameter")  # fmt: skip
@@ -53,12 +68,29 @@ class Grammars:
             raise RequestError(f"the grammar exceeds {MOST_BYTES} bytes", param, "schema_too_large")
         digest = hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).hexdigest()
         if digest not in self._verdicts:
-            self._verdicts[digest] = await self._verdict(grammar)
+            async with self._line(key):
+                if digest not in self._verdicts:  # it may have been the one before
+                    self._verdicts[digest] = await self._verdict(grammar)
         self._verdicts.move_to_end(digest)
         if len(self._verdicts) > REMEMBERED:
             self._verdicts.popitem(last=False)
         if (reason := self._verdicts[digest]) is not None:
             raise RequestError(reason, param, "invalid_schema")
+
+    @asynccontextmanager
+    async def _line(self, key: str) -> AsyncIterator[None]:
+        line = self._lines.setdefault(key, _Line())
+        if line.waiting >= MOST_WAITING:
+            wait = SECONDS * MOST_WAITING
+            raise Overloaded(f"too many schemas wait to be compiled; try again in {wait} s", wait)
+        line.waiting += 1
+        try:
+            async with line.turn:
+                yield
+        finally:
+            line.waiting -= 1
+            if not line.waiting:
+                del self._lines[key]
 
     async def _verdict(self, grammar: Grammar) -> str | None:
         try:

@@ -30,7 +30,7 @@ FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
 BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
                   80.0)  # fmt: skip
 REASONS = ("stop", "length", "abort", "error", "timeout")  # vLLM has the first four
-REJECTIONS = ("queue_full", "requests_per_minute", "tokens_per_minute", "too_large", "deadline")
+REJECTIONS = ("queue_full", "queue_slow", "requests_per_minute", "tokens_per_minute", "too_large", "deadline")
 # What vLLM exports too; the rest is ours alone and gets no alias.
 ALIASED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens",
            "request_success", "admission_rejections", "request_prompt_tokens", "request_generation_tokens",

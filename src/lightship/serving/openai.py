@@ -22,7 +22,7 @@ from lightship.serving.generation import Generates, Generation, Piece
 from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
-from lightship.serving.reception import enter
+from lightship.serving.reception import enter, whose
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
 from lightship.serving.scoring import Scoring, echoed
 from lightship.serving.shapes import Chat, Completion
@@ -58,7 +58,7 @@ def add_routes(
         if grammar is not None and grammars is None:
             raise RequestError(f"{param} is not supported here", param, "unsupported_parameter")
         if grammar is not None and grammars is not None:
-            await unless_gone(request, grammars.check(grammar, param))
+            await unless_gone(request, grammars.check(grammar, param, whose(request)))
 
     # Tokenizing takes seconds for megabytes; in a thread it does not hold the other streams up.
     @app.post("/v1/chat/completions")

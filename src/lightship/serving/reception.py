@@ -12,6 +12,12 @@ from lightship.serving.keys import Key
 from lightship.serving.ticket import Demand, Ticket
 
 
+def whose(request: Request) -> str:
+    """The id of the key that a request came with, "" where the server has none."""
+    key: Key | None = getattr(request.state, "key", None)
+    return "" if key is None else key.id
+
+
 async def enter(
     admission: Admission, request: Request, prompts: Sequence[int], outputs: Sequence[int], choices: int = 1
 ) -> Ticket:
@@ -19,7 +25,7 @@ async def enter(
     closes the ticket. Raises what `Admission.enter` raises, and `ClientLeft`."""
     key: Key | None = getattr(request.state, "key", None)
     demand = Demand(
-        key="" if key is None else key.id,
+        key=whose(request),
         prompts=tuple(prompts),
         outputs=tuple(outputs),
         choices=choices,

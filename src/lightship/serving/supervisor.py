@@ -28,6 +28,7 @@ TOKENLESS = 30  # × stall: steps return and no request gets a token; a prompt m
 LONGEST_PAUSE = 30.0  # seconds before a restart, at most
 SLOWER = 10  # × the time of the first load, and `stall` on top: how long loading again may take
 MIB = 2**20
+SPARE = 2048 * MIB  # for what an engine computes with, and the grammars that it keeps as long as it lives
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Care:
     """When an engine is replaced, and how often. Seconds and bytes.
 
     It is stuck when it has work and no step returned for `stall`. After `restarts` within `window` it stays down; the
-    pause before them is 0, `backoff`, 2 × `backoff`, …. Above `memory_limit` it is replaced as soon as it is idle; when
-    it is busy for `grace` it gets no new requests, and after another `grace` it is not waited for. That does not happen
-    more often than `restarts` in `window` either, so that a limit which is too low for the model slows it down and does
-    not stop it. Every `interval` it is looked at.
+    pause before them is 0, `backoff`, 2 × `backoff`, …. Above `memory_limit` (None: what it had when loaded, its KV
+    cache, and `SPARE`) it is replaced as soon as it is idle; when it is busy for `grace` it gets no new requests, and
+    after another `grace` it is not waited for. That does not happen more often than `restarts` in `window` either, so
+    that a limit which is too low for the model slows it down and does not stop it. Every `interval` it is looked at.
     """
 
     stall: float = 60.0
@@ -217,7 +218,7 @@ class Supervisor:
     async def _trouble(self) -> Trouble:
         """Wait until the engine must be replaced."""
         watchdog, worker = Watchdog(self.care.stall, self._interval), self._worker
-        growth = Growth(worker, self.care)
+        growth = Growth(worker, self.care, int(self._settings.kv_cache_gb * 2**30))
         self.memory = growth.memory
         while not await worker.ended(self._interval):
             now = time.monotonic()
@@ -278,10 +279,10 @@ class Supervisor:
 
 
 class Growth:
-    """Watches the memory of one engine."""
+    """Watches the memory of one engine, whose KV cache may grow to `cache` bytes."""
 
-    def __init__(self, worker: Worker, care: Care) -> None:
-        self._worker, self._care = worker, care
+    def __init__(self, worker: Worker, care: Care, cache: int) -> None:
+        self._worker, self._care, self._cache = worker, care, cache
         self._not_before = time.monotonic() + care.window / max(care.restarts, 1)
         self._above_since: float | None = None
         self.memory: Memory | None = None
@@ -292,9 +293,11 @@ class Growth:
 
     @property
     def _limit(self) -> int | None:
-        """None too where each engine would be above it from the start."""
-        limit = self._care.memory_limit
-        return None if limit is None or self.memory is None or self.memory.at_ready > limit else limit
+        """None where each engine would be above it from the start."""
+        if self.memory is None:
+            return None
+        limit = self._care.memory_limit or self.memory.at_ready + self._cache + SPARE
+        return None if self.memory.at_ready > limit else limit
 
     def _sample(self) -> Memory | None:
         """None when the process is gone."""

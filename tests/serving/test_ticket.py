@@ -1,0 +1,75 @@
+"""What a request that runs is held to."""
+
+import asyncio
+
+import pytest
+
+from lightship.engine import Event
+from lightship.errors import Timeout
+from lightship.serving.admission import Admission
+from lightship.serving.ticket import Limits
+from tests.serving.virtual import demand, is_empty, virtual
+
+
+async def said(*events):
+    """An engine's events: (seconds to wait, tokens, finish)."""
+    for seconds, tokens, finish in events:
+        await asyncio.sleep(seconds)
+        yield Event(1, tuple(range(tokens)), (), finish)
+
+
+@virtual
+async def test_watched_events(clock):
+    admission = Admission(Limits(blocks=10), clock=clock)
+    async with await admission.enter(demand("a", 64, 64)) as ticket:
+        async for _ in ticket.watch(said((2, 1, None), (1, 3, None), (0.5, 0, "stop"))):
+            pass
+    assert (ticket.ttft, ticket.tokens, ticket.finish, ticket.ended) == (2, 4, "stop", 3.5)
+    assert is_empty(admission)
+
+
+@virtual
+async def test_first_token_deadline_counts_from_arrival(clock):
+    admission = Admission(Limits(blocks=10, first_token_deadline=60), clock=clock)
+    before = await admission.enter(demand("a", 320, 0))
+    asyncio.get_running_loop().call_later(50, before.close)
+    with pytest.raises(Timeout, match="first token"):
+        async with await admission.enter(demand("a", 64, 64)) as ticket:
+            assert ticket.queued == 50 and ticket.deadline == 60
+            async for _ in ticket.watch(said((11, 1, None))):
+                pass
+    assert clock() == 60 and ticket.finish == "timeout" and is_empty(admission)
+
+
+@virtual
+async def test_a_slow_end_is_fine_unless_there_is_a_total_deadline(clock):
+    events = ((1, 1, None), (100, 1, None), (1, 0, "stop"))
+    admission = Admission(Limits(blocks=10), clock=clock)
+    async with await admission.enter(demand("a", 64, 64)) as ticket:
+        assert len([event async for event in ticket.watch(said(*events))]) == 3 and ticket.deadline is None
+    admission = Admission(Limits(blocks=10, total_deadline=90), clock=clock)
+    begun = clock()
+    with pytest.raises(Timeout, match="last token"):
+        async with await admission.enter(demand("a", 64, 64)) as ticket:
+            async for _ in ticket.watch(said(*events)):
+                pass
+    assert clock() - begun == 90 and ticket.tokens == 1
+
+
+@virtual
+async def test_leaving_closes_the_events(clock):
+    closed = []
+
+    async def events():
+        try:
+            async for each in said((1, 1, None), (1, 1, None)):
+                yield each
+        finally:
+            closed.append(clock())
+
+    admission = Admission(Limits(blocks=10), clock=clock)
+    async with await admission.enter(demand("a", 64, 64)) as ticket:
+        watched = ticket.watch(events())
+        await anext(watched)
+        await watched.aclose()
+    assert closed == [1] and ticket.finish == "abort" and is_empty(admission)
