@@ -31,7 +31,8 @@ from lightship.tokenizer import load_tokenizer
 
 PAGE = DOCS / "reliability.md"
 IN, OUT = 200, 64  # tokens of a prompt and of an answer
-SHARES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)  # of the closed-loop capacity
+SHARES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)  # of the closed-loop capacity
+STEP = 60  # seconds at each
 TTFT, TPOT = 3.0, 0.25  # seconds: the limits of the knee
 LEAVES, GARBAGE = 0.10, 0.05  # shares of the requests
 STUCK = 120.0  # seconds after which a request counts as stuck
@@ -52,10 +53,11 @@ class Seen:
 
 @dataclass
 class Phase:
-    """All requests of one phase, and memory (seconds, bytes of RSS) over its time."""
+    """All requests of one phase, and memory over its time: seconds, bytes of RSS of the process that answers HTTP,
+    and of those that compute."""
 
     seen: list[Seen] = field(default_factory=list)
-    memory: list[tuple[float, int]] = field(default_factory=list)
+    memory: list[tuple[float, int, int]] = field(default_factory=list)
 
     def healthy(self) -> list[Seen]:
         """Those that stayed and asked for something sensible."""
@@ -66,12 +68,11 @@ class Phase:
         values = [value for each in self.healthy() if (value := getattr(each, name)) is not None]
         return float(np.percentile(values, 95)) if values else float("nan")
 
-    def slope(self) -> float:
-        """Bytes a minute, least squares over the second half."""
-        half = self.memory[len(self.memory) // 2 :]
-        if len(half) < 3:
-            return float("nan")
-        return float(np.polyfit([at / 60 for at, _ in half], [size for _, size in half], 1)[0])
+    def grown(self, column: int) -> str:
+        """Of one column of the memory, MB: `first → last (slope a minute, least squares over the second half)`."""
+        half = np.array(self.memory[len(self.memory) // 2 :])
+        slope = np.polyfit(half[:, 0] / 60, half[:, column] / 1e6, 1)[0] if len(half) > 2 else float("nan")
+        return f"{self.memory[0][column] / 1e6:.0f} → {self.memory[-1][column] / 1e6:.0f} ({slope:+.1f})"
 
 
 async def ask(host: str, port: int, kind: str, body: bytes, arrived: float) -> Seen:
@@ -144,8 +145,8 @@ async def phase(url: str, pid: int, prompts: Prompts, rate: float, seconds: floa
 
 async def _sample(pid: int, began: float, found: Phase) -> None:
     while True:
-        size = await asyncio.to_thread(lambda: sum(map(resident, tree(pid))))
-        found.memory.append((time.perf_counter() - began, size))
+        sizes = await asyncio.to_thread(lambda: [resident(each) for each in tree(pid)])  # `pid` first
+        found.memory.append((time.perf_counter() - began, sizes[0], sum(sizes[1:])))
         await asyncio.sleep(5)
 
 
@@ -179,29 +180,27 @@ def outcomes(found: Phase) -> str:
 
 def report(name: str, rate: float, found: Phase) -> list[str]:
     """A row of the table."""
-    sizes = [size for _, size in found.memory]
     refused = [each for each in found.seen if each.outcome in ("refused 429", "refused 503")]
     told_when = f"{sum(each.retry_after for each in refused)} of {len(refused)}"
     return [name, f"{rate:.2f}", str(len(found.seen)), outcomes(found), f"{found.p95('ttft'):.2f}",
-            f"{1000 * found.p95('tpot'):.0f}", f"{sizes[0] / 1e6:.0f} → {sizes[-1] / 1e6:.0f}",
-            f"{found.slope() / 1e6:+.1f}", told_when]  # fmt: skip
+            f"{1000 * found.p95('tpot'):.0f}", found.grown(1), found.grown(2), told_when]  # fmt: skip
 
 
 async def soak(url: str, pid: int, prompts: Prompts, minutes: float) -> str:
     """All phases; returns the section."""
-    rate, sweep = await knee(url, pid, prompts, 20)
+    rate, sweep = await knee(url, pid, prompts, STEP)
     long = await phase(url, pid, prompts, rate, 60 * minutes, mixed=True)
     print(outcomes(long), flush=True)
     flood = await phase(url, pid, prompts, 10 * rate, 60, mixed=True)
-    rows = [["phase", "requests/s", "requests", "outcomes", "TTFT p95, s", "TPOT p95, ms", "memory (RSS), MB",
-             "slope, MB/min", "429 and 503 with Retry-After"],
+    rows = [["phase", "requests/s", "requests", "outcomes", "TTFT p95, s", "TPOT p95, ms",
+             "RSS of the API, MB (a minute)", "RSS of the engine, MB (a minute)", "429 and 503 with Retry-After"],
             report(f"{minutes:g} minutes at the knee", rate, long),
             report("1 minute at ten times that", 10 * rate, flood)]  # fmt: skip
     head = ["requests/s", "of capacity", "n", "within both limits", "TTFT p95, s", "TPOT p95, ms"]
     return (f"{table([head, *sweep])}\n\n{table(rows)}\n\n{IN} tokens in, {OUT} out, greedy, streamed; limits of the "
             f"knee: TTFT ≤ {TTFT:g} s and TPOT ≤ {1000 * TPOT:.0f} ms for 95 % of the requests. {LEAVES:.0%} leave "
             f"after five pieces, {GARBAGE:.0%} send garbage; p95 over the healthy requests that were admitted. "
-            f"Stuck: no end within {STUCK:.0f} s. Slope over the second half of the phase.")  # fmt: skip
+            f"Stuck: no end within {STUCK:.0f} s. Memory a minute: over the second half of the phase.")  # fmt: skip
 
 
 def main() -> None:

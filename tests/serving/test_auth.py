@@ -17,6 +17,7 @@ from lightship.serving.auth import Doorkeeper, check_exposure, check_tls, is_loo
 from lightship.serving.client import stream_chat
 from lightship.serving.keys import KeyFile, KeyRing
 from lightship.serving.limits import Limits
+from lightship.serving.protocol import DoorLoop
 from lightship.serving.server import bind
 from tests.serving.door import dial, healthy, model_folder, post, served, status_of, until_closed
 
@@ -319,6 +320,13 @@ def test_the_doors_hold_over_tls_too(folder, file, keys, certificate):
         with dial(url) as plain:  # no answer in the clear
             plain.sendall(post(b"{}"))
             assert b"HTTP" not in until_closed(plain)
+
+
+def test_who_never_begins_with_tls_is_cut_off(folder, file, keys, certificate, monkeypatch):
+    monkeypatch.setattr(DoorLoop, "handshake_seconds", 0.5)
+    with served(folder, KeyRing(file), tls=certificate) as (url, _), dial(url) as silent:
+        silent.settimeout(10)  # asyncio's own limit is 60 s
+        assert until_closed(silent) == b""
 
 
 def test_a_port_for_metrics_has_the_same_doors(folder, file, keys, certificate):

@@ -22,7 +22,7 @@ from lightship.serving.journal import Journal, Sink, journal_to
 from lightship.serving.keys import KeyRing
 from lightship.serving.limits import HeadLimit
 from lightship.serving.metrics import Metrics, add_metrics, own_port
-from lightship.serving.protocol import protocol_with
+from lightship.serving.protocol import DoorLoop, protocol_with
 from lightship.serving.settings import ServeSettings
 from lightship.serving.ticket import Limits
 
@@ -72,9 +72,10 @@ class Front:
     def listening(self) -> dict[str, Any]:
         """What uvicorn is told for every port of the server: limits, TLS, and that nothing is guessed or given away."""
         settings = self._settings
-        return {"http": protocol_with(settings.limits), "ws": "none", "log_level": "error", "access_log": False,
-                "server_header": False, "proxy_headers": False, "ssl_certfile": settings.tls_cert,
-                "ssl_keyfile": settings.tls_key}  # fmt: skip
+        loop = f"{DoorLoop.__module__}:{DoorLoop.__name__}"
+        return {"http": protocol_with(settings.limits), "loop": loop, "ws": "none", "log_level": "error",
+                "access_log": False, "server_header": False, "proxy_headers": False,
+                "ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}  # fmt: skip
 
     def _lost(self) -> int:
         return 0 if self._sink is None else self._sink.dropped

@@ -33,6 +33,19 @@ MESSAGES = {
 }
 
 
+class DoorLoop(asyncio.SelectorEventLoop):
+    """Gives a TLS handshake as long as the head of a request has, where asyncio gives a minute: until it is done no
+    one counts the connection."""
+
+    handshake_seconds = Limits.head_seconds
+
+    async def create_server(self, *arguments: Any, **options: Any) -> Any:
+        """See `asyncio`'s."""
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = self.handshake_seconds
+        return await super().create_server(*arguments, **options)
+
+
 class _Connection(h11.Connection):
     """h11's state machine, which counts the pieces of a body: parsing one costs the same however small it is."""
 
