@@ -34,10 +34,12 @@ def bodies(prompts: Path, new_tokens: int) -> list[bytes]:
     ]  # fmt: skip
 
 
-async def one(host: str, port: int, body: bytes, load: Load, record: Path | None) -> None:
+async def one(
+    host: str, port: int, body: bytes, load: Load, record: Path | None, route: str = "/v1/completions"
+) -> None:
     """Send one request and read its stream to the end."""
     reader, writer = await asyncio.open_connection(host, port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {route} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     began = time.perf_counter()
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     first = last = 0.0
@@ -62,14 +64,16 @@ async def one(host: str, port: int, body: bytes, load: Load, record: Path | None
         record.write_bytes(b"".join(whole))
 
 
-async def closed_loop(url: str, requests: list[bytes], clients: int, record: Path | None = None) -> Load:
+async def closed_loop(
+    url: str, requests: list[bytes], clients: int, record: Path | None = None, route: str = "/v1/completions"
+) -> Load:
     """`clients` at a time take the next request from the list until none is left."""
     place = urlsplit(url)
     load, waiting = Load(), iter(requests)
 
     async def client() -> None:
         for body in waiting:
-            await one(place.hostname or "", place.port or 80, body, load, record)
+            await one(place.hostname or "", place.port or 80, body, load, record, route)
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
