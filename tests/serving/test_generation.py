@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
 from lightship.serving import openai
 from lightship.serving.app import create_app
-from lightship.serving.connection import pulsing
+from lightship.serving.connection import COMMENT, Stream, begun
 from lightship.serving.generation import Generation, choice_seed
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, url_of, wait_ready
@@ -148,30 +149,60 @@ def test_leaving_cancels_every_choice(model):
     assert asyncio.run(run()) == 0
 
 
-def test_nothing_is_said_while_nothing_comes_and_leaving_then_ends_the_source():
+async def slow(ended, before=0.08):
+    try:
+        await asyncio.sleep(before)
+        yield "1"
+        await asyncio.sleep(0.2)
+        yield "2"
+    finally:
+        ended.append(True)
+
+
+def test_an_answer_that_begins_late_loses_nothing():
     ended = []
 
-    async def slow():
-        try:
-            yield 1
-            await asyncio.sleep(0.08)
-            yield 2
-            await asyncio.sleep(9)
-        finally:
-            ended.append(True)
+    async def run():
+        assert await begun(slow([], before=0), 5) == ("1", ANY)
+        first, source = await begun(slow(ended), 0.01)
+        return first, [each async for each in source]
+
+    assert asyncio.run(run()) == (None, ["1", "2"]) and ended == [True]
+
+
+@pytest.mark.parametrize("when", ["before it begins", "in the middle"])
+def test_leaving_ends_the_source(when):
+    ended = []
 
     async def run():
-        source = pulsing(slow(), 0.02)
-        found = [await anext(source)]
-        while found[-1] != 2:
-            found.append(await anext(source))
-        found.append(await anext(source))
-        async with asyncio.timeout(5):
-            await source.aclose()
-        return found
+        waiting = asyncio.create_task(begun(slow(ended, before=60), 0.01 if when == "in the middle" else 60))
+        await asyncio.sleep(0.05)
+        if when == "in the middle":
+            _, source = await waiting
+            waiting = asyncio.create_task(anext(source))
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return list(ended)
 
-    found = asyncio.run(run())
-    assert found[0] == 1 and found[-2:] == [2, None] and 2 <= found.count(None) <= 4 and ended == [True]
+    assert asyncio.run(run()) == [True]
+
+
+def test_a_comment_breaks_the_silence_and_none_comes_after_the_end():
+    sent, ended = [], []
+
+    async def send(message):
+        sent.append(message.get("body", b"start"))
+
+    async def run():
+        stream = Stream(slow([]), 0.03, lambda: ended.append(True))
+        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, asyncio.Event().wait, send)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+    assert [each for each in sent if each != COMMENT] == [b"start", b"1", b"2", b""] and ended == [True]
+    assert 1 <= sent[: sent.index(b"1")].count(COMMENT) <= 3 and sent[-1] == b""
+    assert 2 <= sent[sent.index(b"1") :].count(COMMENT) <= 8
 
 
 def test_over_http_a_lost_engine_costs_time_and_no_answer(tmp_path):

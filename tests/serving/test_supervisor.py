@@ -433,7 +433,7 @@ DEEP = msgspec.msgpack.encode(wire.Progress(1, 1, False, {})).replace(b"\x80", b
 LIES = {
     "no message": b"\x00\x00\x00\x04\xc1\xc1\xc1\xc1",
     "too long": b"\xff\xff\xff\xff" + b"x" * 1000,
-    "tokens that are none": wire.frame(wire.Gained(Event(1, ("a",)))),
+    "tokens that are none": wire.frame(wire.Gained([Event(1, ("a",))])),
     "a type of none": b"\x00\x00\x00\x01\xc0",
     "deep": wire.HEADER.pack(len(DEEP)) + DEEP,
 }

@@ -21,7 +21,7 @@ REPLIES = [
     wire.Ready({"context": 5, "batching": "none"}),
     wire.Failed("RuntimeError: no"),
     wire.Refused(7, "too long", "prompt", None, 400),
-    wire.Gained(Event(7, (1, 2), (-0.5, float("-inf")), "length")),
+    wire.Gained([Event(7, (1, 2), (-0.5, float("-inf")), "length")]),
     wire.Progress(3, 4, True, {"running": 2}),
 ]
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from lightship.errors import ClientLeft
 
 Result = TypeVar("Result")
+COMMENT = b": keep-alive\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -37,26 +39,36 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
-async def pulsing(source: AsyncGenerator[Result, None], interval: float) -> AsyncGenerator[Result | None, None]:
-    """What `source` gives, and None whenever nothing came for `interval` seconds. Closes it when it is closed."""
-    waiting: asyncio.Task[Result] | None = None
+async def begun(
+    source: AsyncGenerator[Result, None], patience: float
+) -> tuple[Result | None, AsyncGenerator[Result, None]]:
+    """The first that `source` gives and the source of the others; None, and the source of all, when nothing comes for
+    `patience` seconds. Closes the source when it is cancelled; raises what the source raises, and `StopAsyncIteration`.
+    """
+    waiting = asyncio.create_task(_next(source))
     try:
-        while True:
-            waiting = waiting or asyncio.create_task(_next(source))
-            if not (await asyncio.wait({waiting}, timeout=interval))[0]:
-                yield None
-                continue
-            try:
-                got = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = None
-            yield got
+        await asyncio.wait({waiting}, timeout=patience)
+    except BaseException:
+        await _give_up(waiting, source)
+        raise
+    return (waiting.result(), source) if waiting.done() else (None, _after(waiting, source))
+
+
+async def _after(
+    waiting: asyncio.Task[Result], source: AsyncGenerator[Result, None]
+) -> AsyncGenerator[Result, None]:
+    try:
+        yield await waiting
+        async for each in source:
+            yield each
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
-        await source.aclose()
+        await _give_up(waiting, source)
+
+
+async def _give_up(waiting: asyncio.Task[Result], source: AsyncGenerator[Result, None]) -> None:
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await source.aclose()
 
 
 async def _next(source: AsyncGenerator[Result, None]) -> Result:
@@ -64,16 +76,52 @@ async def _next(source: AsyncGenerator[Result, None]) -> Result:
 
 
 class Stream(StreamingResponse):
-    """Closes its source however it ends, so that a client which leaves between two chunks frees the engine at once."""
+    """Server-sent events. Closes its source however it ends, so that a client which leaves between two events frees the
+    engine at once. Whenever nothing was sent for `silence` seconds it sends a comment, so that no proxy cuts it."""
 
-    def __init__(self, source: AsyncGenerator[str, None], ended: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, source: AsyncGenerator[str, None], silence: float, ended: Callable[[], None] = lambda: None
+    ) -> None:
         """`ended` is called at the end, also where nothing of `source` was ever sent."""
         super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._source, self._ended = source, ended
+        self._source, self._silence, self._ended = source, silence, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = _Sender(send, self._silence)
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, sender.send)
         finally:
+            sender.stop()
             await self._source.aclose()
             self._ended()
+
+
+class _Sender:
+    """`send` of one response, which comments on silence between its start and its end."""
+
+    def __init__(self, send: Send, silence: float) -> None:
+        self._send, self._silence = send, silence
+        self._last = 0.0
+        self._commenting: asyncio.Task[None] | None = None
+
+    async def send(self, message: Message) -> None:
+        """Pass it on."""
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.stop()  # nothing may follow the last message
+        self._last = time.monotonic()
+        await self._send(message)
+        if message["type"] == "http.response.start":
+            self._commenting = asyncio.create_task(self._comment())
+
+    async def _comment(self) -> None:
+        while True:
+            quiet = time.monotonic() - self._last
+            if quiet < self._silence:
+                await asyncio.sleep(self._silence - quiet)
+            else:
+                await self.send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
+    def stop(self) -> None:
+        """No more comments."""
+        if self._commenting is not None:
+            self._commenting.cancel()

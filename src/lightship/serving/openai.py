@@ -17,7 +17,7 @@ from lightship.engine import GenerationParams, Grammar
 from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
 from lightship.serving.admission import Admission
-from lightship.serving.connection import Stream, pulsing, unless_gone
+from lightship.serving.connection import COMMENT, Stream, begun, unless_gone
 from lightship.serving.generation import Generates, Generation, Piece
 from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
@@ -31,7 +31,7 @@ from lightship.serving.ticket import Limits, Ticket
 log = logging.getLogger("lightship.serving")
 JSON = dict[str, Any]
 UNBOUNDED = 10**9
-KEEP_ALIVE = 15.0  # seconds without a piece after which a stream sends a comment, so that no proxy cuts it
+KEEP_ALIVE = 15.0  # seconds without a piece after which a stream begins, or says that it goes on
 
 
 def add_routes(
@@ -85,7 +85,7 @@ def add_routes(
         generation = Generation(engine, model, prompts, params, body.choices(), body.stops())
         shape = Completion("cmpl-" + secrets.token_hex(12), generation.started, model, body.wants_logprobs())
         if body.echo:
-            return await _echo(generation, body, shape, request, scoring, gate)
+            return await _echo(generation, body, shape, request, scoring, gate, keep_alive)
         return await _reply(generation, body, shape, request, gate, keep_alive)
 
     @app.post("/v1/embeddings")
@@ -124,14 +124,13 @@ async def _reply(
         async with ticket:
             pieces = await unless_gone(request, generation.whole())
         return JSONResponse(shape.whole(pieces, generation.usage()))
-    source = pulsing(generation.pieces(), keep_alive)
-    try:  # errors up to the first piece, or the first comment, still get their own status
-        first = await unless_gone(request, anext(source))
+    try:  # errors up to the first piece, or for `keep_alive` seconds, still get their own status
+        first, source = await unless_gone(request, begun(generation.pieces(), keep_alive))
     except BaseException as error:
         ticket.close(error)
         raise
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Stream(_stream(generation, first, source, shape, usage), ticket.close)
+    return Stream(_stream(generation, first, source, shape, usage), keep_alive, ticket.close)
 
 
 async def _echo(
@@ -141,6 +140,7 @@ async def _echo(
     request: Request,
     scoring: Scoring | None,
     gate: Admission,
+    keep_alive: float,
 ) -> Response:
     """The prompt before the answer. It is computed whole also where it is streamed."""
     if body.logprobs is not None and scoring is None:
@@ -156,37 +156,35 @@ async def _echo(
     if not body.stream:
         return JSONResponse(shape.whole(pieces, generation.usage()))
 
-    async def source() -> AsyncGenerator[Piece | None, None]:
+    async def source() -> AsyncGenerator[Piece, None]:
         for piece in pieces[1:]:
             yield piece
 
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Stream(_stream(generation, pieces[0], source(), shape, usage))
+    return Stream(_stream(generation, pieces[0], source(), shape, usage), keep_alive)
 
 
 async def _stream(
     generation: Generation,
     first: Piece | None,
-    source: AsyncGenerator[Piece | None, None],
+    source: AsyncGenerator[Piece, None],
     shape: Chat | Completion,
     usage: bool,
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; None is a moment in which nothing came."""
-    begun: set[int] = set()
+    """Server-sent events. Without a `first` piece a comment says that the answer has begun."""
+    open_choices: set[int] = set()
 
     def failed(error: Exception) -> None:
         if generation.ticket is not None:
             generation.ticket.close(error)
 
-    def sent(piece: Piece | None) -> str:
-        if piece is None:
-            return ": keep-alive\n\n"
-        if chunks := shape.chunks(piece, piece.index not in begun):
-            begun.add(piece.index)
+    def sent(piece: Piece) -> str:
+        if chunks := shape.chunks(piece, piece.index not in open_choices):
+            open_choices.add(piece.index)
         return "".join(_event({**chunk, "usage": None} if usage else chunk) for chunk in chunks)
 
     try:
-        if event := sent(first):
+        if event := COMMENT.decode() if first is None else sent(first):
             yield event
         async for piece in source:
             if event := sent(piece):

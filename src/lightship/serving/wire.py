@@ -71,9 +71,9 @@ class Refused(msgspec.Struct, tag="refused"):
 
 
 class Gained(msgspec.Struct, tag="gained"):
-    """What a request got in a step, under the id that the API gave it."""
+    """What requests got in a step, under the ids that the API gave them."""
 
-    event: Event
+    events: list[Event]
 
 
 class Progress(msgspec.Struct, tag="progress"):

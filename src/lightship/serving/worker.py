@@ -141,9 +141,10 @@ class Worker:
     def _take(self, message: wire.Reply) -> None:
         self.progress += 1
         match message:
-            case wire.Gained(event):
-                self.produced += len(event.token_ids)
-                self._give(event.request_id, event)
+            case wire.Gained(events):
+                for event in events:
+                    self.produced += len(event.token_ids)
+                    self._give(event.request_id, event)
             case wire.Progress():
                 self._handled, self._busy = message.handled, message.busy
                 self.stats = {**message.stats, "steps": message.steps}
@@ -331,16 +332,16 @@ class _Loop:
             self._outer[inner], self._inner[order.id] = order.id, inner
 
     def _send_events(self, events: list[Event]) -> None:
-        frames = []
+        gained = []
         for event in events:
             outer = self._outer.get(event.request_id)
             if outer is None:
                 continue  # cancelled
             if event.finish_reason is not None:
                 del self._outer[event.request_id], self._inner[outer]
-            frames.append(wire.frame(wire.Gained(replace(event, request_id=outer))))
-        if frames:
-            self._connection.sendall(b"".join(frames))
+            gained.append(replace(event, request_id=outer))
+        if gained:
+            self._send(wire.Gained(gained))
 
 
 def _end_with_parent() -> None:
