@@ -1,7 +1,7 @@
 """What a token costs on its way from the engine to the socket: processor time of the API, and of the engine's process
 around the model, with an engine that computes nothing.
 
-The engine says English text in the tokens of the bundle, one token a step for each of the clients, as fast as it can.
+The engine says English text in the tokens of the bundle, one token a step for each of the clients, 50 steps a second.
 Processor time does not depend on who else uses the machine as much as time does. A second run under cProfile says where
 it goes; it slows all functions of Python down, so that its shares count and not its times.
 """
@@ -43,7 +43,8 @@ from lightship.serving.ticket import Limits
 from lightship.tokenizer import load_tokenizer
 
 OUT = 256  # tokens of an answer
-REQUESTS = 4  # of each client
+REQUESTS = 2  # of each client
+STEP = 0.02  # seconds
 TOP = 12  # functions of the profile
 READ = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -57,7 +58,7 @@ def pretended(bundle: Bundle, folder: Path) -> None:
     text = "".join(document.text for document in default_text().documents[:20])
     ids = load_tokenizer(source).encode(text, add_special_tokens=False).ids[:2000]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    (folder / "fake.json").write_text(json.dumps({"script": ids, "vocabulary": vocabulary}))
+    (folder / "fake.json").write_text(json.dumps({"script": ids, "vocabulary": vocabulary, "slow": STEP}))
 
 
 def serve(folder: Path, port: int, profile: Path | None) -> None:

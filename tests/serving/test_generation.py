@@ -195,7 +195,7 @@ def test_a_comment_breaks_the_silence_and_none_comes_after_the_end():
         sent.append(message.get("body", b"start"))
 
     async def run():
-        stream = Stream(slow([]), 0.03, lambda: ended.append(True))
+        stream = Stream(slow([]), lambda: ended.append(True), 0.03)
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, asyncio.Event().wait, send)
         await asyncio.sleep(0.1)
 

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from lightship.errors import ClientLeft
 
 Result = TypeVar("Result")
+KEEP_ALIVE = 15.0  # seconds without a piece after which a stream begins, or says that it goes on
 COMMENT = b": keep-alive\n\n"
 
 
@@ -54,9 +55,7 @@ async def begun(
     return (waiting.result(), source) if waiting.done() else (None, _after(waiting, source))
 
 
-async def _after(
-    waiting: asyncio.Task[Result], source: AsyncGenerator[Result, None]
-) -> AsyncGenerator[Result, None]:
+async def _after(waiting: asyncio.Task[Result], source: AsyncGenerator[Result, None]) -> AsyncGenerator[Result, None]:
     try:
         yield await waiting
         async for each in source:
@@ -80,7 +79,7 @@ class Stream(StreamingResponse):
     engine at once. Whenever nothing was sent for `silence` seconds it sends a comment, so that no proxy cuts it."""
 
     def __init__(
-        self, source: AsyncGenerator[str, None], silence: float, ended: Callable[[], None] = lambda: None
+        self, source: AsyncGenerator[str, None], ended: Callable[[], None] = lambda: None, silence: float = KEEP_ALIVE
     ) -> None:
         """`ended` is called at the end, also where nothing of `source` was ever sent."""
         super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

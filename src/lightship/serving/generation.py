@@ -48,6 +48,11 @@ class Piece:
     finish: str | None = None
     calls: tuple[Start | Arguments, ...] = ()
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is some text and nothing else."""
+        return bool(self.text) and self.finish is None and not self.tokens and not self.calls
+
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
     """The seed of a choice, 31 bits: that of the request for the first, so that asking for more changes nothing in it;

@@ -17,7 +17,7 @@ from lightship.engine import GenerationParams, Grammar
 from lightship.errors import LightshipError, RequestError
 from lightship.serving import errors
 from lightship.serving.admission import Admission
-from lightship.serving.connection import COMMENT, Stream, begun, unless_gone
+from lightship.serving.connection import COMMENT, KEEP_ALIVE, Stream, begun, unless_gone
 from lightship.serving.generation import Generates, Generation, Piece
 from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
@@ -31,7 +31,8 @@ from lightship.serving.ticket import Limits, Ticket
 log = logging.getLogger("lightship.serving")
 JSON = dict[str, Any]
 UNBOUNDED = 10**9
-KEEP_ALIVE = 15.0  # seconds without a piece after which a stream begins, or says that it goes on
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+MARK = "\0"  # in no name, and in JSON only as an escape
 
 
 def add_routes(
@@ -130,7 +131,7 @@ async def _reply(
         ticket.close(error)
         raise
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Stream(_stream(generation, first, source, shape, usage), keep_alive, ticket.close)
+    return Stream(_stream(generation, first, source, shape, usage), ticket.close, keep_alive)
 
 
 async def _echo(
@@ -161,7 +162,7 @@ async def _echo(
             yield piece
 
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Stream(_stream(generation, pieces[0], source(), shape, usage), keep_alive)
+    return Stream(_stream(generation, pieces[0], source(), shape, usage), silence=keep_alive)
 
 
 async def _stream(
@@ -172,16 +173,26 @@ async def _stream(
     usage: bool,
 ) -> AsyncGenerator[str, None]:
     """Server-sent events. Without a `first` piece a comment says that the answer has begun."""
-    open_choices: set[int] = set()
+    frames: dict[int, tuple[str, str]] = {}  # of each choice that has begun: what stands around a piece of mere text
 
     def failed(error: Exception) -> None:
         if generation.ticket is not None:
             generation.ticket.close(error)
 
-    def sent(piece: Piece) -> str:
-        if chunks := shape.chunks(piece, piece.index not in open_choices):
-            open_choices.add(piece.index)
+    def built(piece: Piece) -> str:
+        chunks = shape.chunks(piece, piece.index not in frames)
         return "".join(_event({**chunk, "usage": None} if usage else chunk) for chunk in chunks)
+
+    def sent(piece: Piece) -> str:
+        if piece.index in frames and piece.is_text:
+            before, after = frames[piece.index]
+            return before + ENCODER.encode(piece.text) + after
+        event = built(piece)
+        if event and piece.index not in frames:
+            frames[piece.index] = ("", "")  # from here on it is no first piece
+            before, _, after = built(Piece(piece.index, MARK)).partition(ENCODER.encode(MARK))
+            frames[piece.index] = before, after
+        return event
 
     try:
         if event := COMMENT.decode() if first is None else sent(first):
@@ -204,4 +215,4 @@ async def _stream(
 
 
 def _event(data: JSON) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {ENCODER.encode(data)}\n\n"

@@ -26,6 +26,7 @@ from lightship.find import find
 from lightship.serving import wire
 
 log = logging.getLogger("lightship.serving")
+Answer = Event | LightshipError
 PATIENCE = 10.0  # seconds that a killed process may take to give its memory back
 REPORT = 0.5  # seconds between two reports of a busy engine, at least
 
@@ -48,7 +49,7 @@ class Worker:
         self._reading: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         # A stream holds at most one event a token, so at most `max_tokens`, however slowly its client reads.
-        self._streams: dict[int, asyncio.Queue[Event | LightshipError]] = {}
+        self._streams: dict[int, asyncio.Queue[Answer]] = {}
         self._next_id = 0
         self._sent = self._handled = 0  # messages
         self._busy = False
@@ -156,7 +157,7 @@ class Worker:
             case wire.Ready():
                 raise EngineDied("the engine process was ready twice")
 
-    def _give(self, request_id: int, what: Event | LightshipError) -> None:
+    def _give(self, request_id: int, what: Answer) -> None:
         stream = self._streams.get(request_id)
         if stream is not None:  # else it was given up meanwhile
             stream.put_nowait(what)
@@ -172,15 +173,15 @@ class Worker:
             self._send(order)
         try:
             while not finished:
-                got = await stream.get()
-                if isinstance(got, LightshipError):
-                    finished = True
-                    raise got
-                if got.finish_reason == "error":
-                    finished = True
-                    raise EngineError(got.error or "the engine gave up on this request")
-                finished = got.finish_reason is not None
-                yield got
+                for got in _backlog(await stream.get(), stream):
+                    if isinstance(got, LightshipError):
+                        finished = True
+                        raise got
+                    if got.finish_reason == "error":
+                        finished = True
+                        raise EngineError(got.error or "the engine gave up on this request")
+                    finished = got.finish_reason is not None
+                    yield got
         finally:
             del self._streams[request_id]
             if not finished and self.ready:
@@ -224,6 +225,21 @@ class Worker:
             await asyncio.wait({self._reading})
         if self.failure == wire.ENDED and code < 0:
             self.failure = f"{wire.ENDED}: {signal.Signals(-code).name}"
+
+
+def _backlog(got: Answer, stream: asyncio.Queue[Answer]) -> list[Answer]:
+    """`got` and all behind it, tokens that follow each other as one event: who cannot keep up with the engine gets
+    larger pieces instead of falling further behind."""
+    found, behind = [got], []
+    while not stream.empty():
+        behind.append(stream.get_nowait())
+    for each in behind:
+        last = found[-1]
+        if isinstance(last, Event) and isinstance(each, Event) and each.finish_reason != "error":
+            found[-1] = replace(each, token_ids=last.token_ids + each.token_ids, logprobs=last.logprobs + each.logprobs)
+        else:
+            found.append(each)
+    return found
 
 
 # ── The child's side ────────────────────────────────────────────────────────
