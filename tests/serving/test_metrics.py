@@ -69,7 +69,9 @@ def served(folder, aliases=False, own=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fake")
+    folder = tmp_path_factory.mktemp("fake")
+    (folder / "fake.json").write_text(json.dumps({"slow": 0.01}))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +117,24 @@ def test_known_requests_give_known_figures(scraped):
     assert value("request_generation_tokens_count") == 3
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
         assert value(f"{name}_count") == 3
-    assert value("inter_token_latency_seconds_count") == 4 + 0 + 59
+    # Each but the first of a request, and those that came with the first where the server was slow.
+    assert 45 <= value("inter_token_latency_seconds_count") <= 4 + 0 + 59
     assert value("time_to_first_token_seconds_sum") <= value("e2e_request_latency_seconds_sum")
     assert (value("num_requests_running"), value("num_requests_waiting"), value("kv_blocks_reserved")) == (0, 0, 0)
     assert value("kv_blocks") == 40 and value("kv_cache_usage_perc") != value("kv_cache_usage_perc")  # NaN
     assert all(dict(labels)["model_name"] == "tiny" for _, labels in found)
     assert not any("_created" in name or name.startswith("vllm:") for name, _ in found)
+
+
+def test_tokens_that_come_together_count_each():
+    metrics = Metrics("tiny", 2048)
+    for tokens, seconds in ((1, None), (1, 0.2), (3, 0.3)):
+        metrics.produced(tokens, seconds)
+    found = samples(metrics.exposition()[0].decode())
+    labels = (("model_name", "tiny"),)
+    assert found["lightship:inter_token_latency_seconds_count", labels] == 4
+    assert found["lightship:inter_token_latency_seconds_sum", labels] == pytest.approx(0.5)
+    assert found["lightship:generation_tokens_total", labels] == 5
 
 
 def test_the_journal_has_a_line_for_each(scraped, folder):

@@ -107,10 +107,11 @@ class Metrics:
         self._prompt_tokens.inc(ticket.demand.prompt)
 
     def produced(self, tokens: int, seconds: float | None) -> None:
-        """Tokens came, `seconds` after those before them; None for the first."""
+        """Tokens came, `seconds` after those before them; None for the first. Those that come together count each."""
         self._generation_tokens.inc(tokens)
         if seconds is not None:
-            self._between.observe(seconds / tokens)
+            for _ in range(tokens):
+                self._between.observe(seconds / tokens)
 
     def finished(self, ticket: Ticket) -> None:
         """A request ended."""
