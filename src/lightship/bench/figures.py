@@ -180,9 +180,8 @@ class Figures:
         return first is not None and delay is not None and delay > LATE * first
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, the formulas with it."""
-        return {**asdict(self), "goodput": self.goodput, "good_per_second": self.good_per_second,
-                "formulas": list(FORMULAS)}  # fmt: skip
+        """For JSON."""
+        return {**asdict(self), "goodput": self.goodput, "good_per_second": self.good_per_second}
 
 
 def figures(run: Run, limits: Sequence[Limit] = (), notes: tuple[str, ...] = ()) -> Figures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -49,8 +48,9 @@ class Run:
 
 
 def _clock() -> Clock:
-    began = time.perf_counter()
-    return lambda: time.perf_counter() - began
+    now = asyncio.get_running_loop().time  # what sleeps and time-outs go by as well
+    began = now()
+    return lambda: now() - began
 
 
 async def open_loop(

@@ -21,6 +21,7 @@ from lightship.errors import EngineError, LightshipError, UsageError
 
 PROBE_WORDS = 64
 OPEN_WARMUP = 3  # requests
+STEPS = 5  # a step of a sweep lasts at least so many times the longest limit
 Keep = Callable[[Run], None]
 OPTIONAL = {"ignore_eos": "ignore_eos", "stream_options": "usage"}  # field of a request: of `Manner`
 
@@ -114,8 +115,10 @@ class Session:
         return Server(manner, length, tuple(notes))
 
     def _words(self, count: int) -> Any:
-        whole = Synthetic(Manner(), self._prose, 4 * max(count, PROBE_WORDS), 1, seed=-1).content(0)
-        return " ".join(whole.split(" ")[:count]) if isinstance(whole, str) else whole[:count]
+        """Words from all over the text, whose mean length is that of the text."""
+        units = self._prose.units
+        kept = [units[place * len(units) // count] for place in range(count)]
+        return kept if isinstance(kept[0], int) else " ".join(kept)
 
     async def _model(self) -> str | None:
         """The first model that the server lists; None where it has no list."""
@@ -163,7 +166,7 @@ class Session:
         return await ask(self.door, asked, lambda: 0.0, 0.0, self.settings.timeout)
 
     async def _length(self, manner: Manner, few: Seen, notes: list[str]) -> Length:
-        """Words per token, by the server's own count of two prompts of which one begins the other."""
+        """Tokens a word, by the server's own count of two prompts: what a template adds is in both."""
         if few.prompt_tokens is None:
             notes.append("The server does not count prompts: 4 tokens are taken for 3 words.")
             return Length(4 / 3)
@@ -226,13 +229,17 @@ async def find_knee(
     """Measure the capacity in a closed loop, then rates around it until fewer than `share` of the requests are within
     all `limits`; `keep` gets the requests of each."""
     async with Session(settings, watch) as session:
+        notes = list(session.server.notes)
 
         async def at(rate: float | None) -> Figures:
             run = await session.run(rate)
             if keep is not None:
                 keep(run)
-            return figures(run, limits, session.server.notes)
+            return figures(run, limits, tuple(notes))
 
+        if settings.seconds is not None and any(settings.seconds < STEPS * limit.seconds for limit in limits):
+            notes.append(f"Steps of {settings.seconds:g} s are short beside the limits: a queue may not have grown "
+                         f"past them yet. Give --seconds of {STEPS} times the limit.")  # fmt: skip
         capacity = (await at(None)).requests_per_second
         if not capacity:
             raise EngineError("the server answered no request of the closed loop", hint="measure it without --sweep")

@@ -66,7 +66,7 @@ class Sweep:
             "share": self.share,
             "knee": None if knee is None else knee.rate,
             "broke": None if broke is None else {"rate": broke.rate, "limit": self.reason},
-            "steps": [{"rate": step.rate, "holds": step.holds, **step.figures.to_dict()} for step in self.steps],
+            "steps": [{**step.figures.to_dict(), "rate": step.rate, "holds": step.holds} for step in self.steps],
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from lightship.bench.figures import FORMULAS, LATE, PERCENTILES, Distribution, Figures, Quantile
@@ -9,6 +10,9 @@ from lightship.bench.sweep import Sweep, explain
 
 ROWS = (("TTFT, s", "ttft", 1.0, ".3f"), ("TPOT, ms", "tpot", 1e3, ".1f"), ("end-to-end, s", "e2e", 1.0, ".3f"),
         ("dispatch delay, ms", "delay", 1e3, ".2f"))  # fmt: skip
+
+
+WIDTH = 110
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -86,12 +90,21 @@ def warnings(figures: Figures) -> list[str]:
     return said
 
 
+def wrapped(text: str) -> str:
+    """`text` in lines that a terminal holds, the later ones indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
+
+
+def formulas() -> str:
+    """All formulas."""
+    return "\n".join(map(wrapped, FORMULAS))
+
+
 def told(figures: Figures) -> str:
     """A whole run."""
     facts = "\n".join(f"{name:12}{text}" for name, text in summary(figures))
-    parts = [facts, times(figures)]
-    parts += [f"! {warning}" for warning in warnings(figures)]
-    return "\n\n".join([*parts, "\n".join(FORMULAS)])
+    said = "\n".join(wrapped(f"! {warning}") for warning in warnings(figures))
+    return "\n\n".join(filter(None, [facts, times(figures), said, formulas()]))
 
 
 def step(rate: float, figures: Figures) -> list[str]:
@@ -118,8 +131,9 @@ def told_sweep(sweep: Sweep) -> str:
     limits = ", ".join(sweep.steps[0].figures.limits) if sweep.steps else ""
     rule = f"A rate holds where {sweep.share:.0%} of all requests are within {limits or 'no limit but an answer'}."
     late = [f"{each.rate:.3g}" for each in sweep.steps if each.figures.late()]
-    parts = [columns(rows), f"{sweep.said()}\n{rule}"]
+    said = list(sweep.steps[0].figures.notes) if sweep.steps else []
     if late:
-        parts.append(f"! The generator itself was late at {', '.join(late)} requests/s: a large part of what was "
+        said.append(f"The generator itself was late at {', '.join(late)} requests/s: a large part of what was "
                      "measured there is its own delay.")  # fmt: skip
-    return "\n\n".join([*parts, "\n".join(FORMULAS)])
+    warned = "\n".join(wrapped(f"! {each}") for each in said)
+    return "\n\n".join(filter(None, [columns(rows), wrapped(sweep.said()) + "\n" + rule, warned, formulas()]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -141,7 +140,7 @@ class Door:
     def _kept(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            if time.perf_counter() - connection.idle_since < IDLE and not connection.reader.at_eof():
+            if asyncio.get_running_loop().time() - connection.idle_since < IDLE and not connection.reader.at_eof():
                 return connection
             connection.writer.close()
         return None
@@ -155,7 +154,7 @@ class Door:
     def give_back(self, connection: _Connection, reusable: bool) -> None:
         """Keep a connection, or close it."""
         if reusable and self.keep_alive:
-            connection.idle_since = time.perf_counter()
+            connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)
         else:
             connection.writer.close()

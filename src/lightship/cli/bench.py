@@ -69,6 +69,7 @@ def command(
     import asyncio
     import json
 
+    from lightship.bench.figures import FORMULAS
     from lightship.bench.record import Record
     from lightship.bench.session import find_knee, measure
     from lightship.bench.tell import told, told_sweep
@@ -83,7 +84,7 @@ def command(
         else:
             run = asyncio.run(measure(settings, known, board, kept))
             found, text, enough = run, told(run), run.goodput >= share
-    click.echo(json.dumps(found.to_dict()) if as_json else text)
+    click.echo(json.dumps({**found.to_dict(), "formulas": FORMULAS}) if as_json else text)
     return 0 if enough else 1
 
 
