@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightship.bench.client import Asked
-from lightship.errors import UsageError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -60,11 +59,8 @@ class Length:
 
     @classmethod
     def fitted(cls, few: tuple[int, int], many: tuple[int, int]) -> Length:
-        """From two pairs (words, tokens) that a server counted."""
+        """From two pairs (words, tokens) that a server counted, the second with more of both."""
         each = (many[1] - few[1]) / (many[0] - few[0])
-        if each <= 0:
-            raise UsageError(f"the server counts {few[1]} tokens for {few[0]} words and {many[1]} for {many[0]}",
-                             hint="give --tokenizer, with which prompts are counted here")  # fmt: skip
         return cls(each, few[1] - each * few[0])
 
     def words(self, tokens: int) -> int:
@@ -105,9 +101,9 @@ class Prose:
 
 
 def _text() -> str:
-    from lightship.calibration import default_text
+    from pydoc_data import topics  # the language reference that every Python carries: English prose with code
 
-    return "".join(document.text for document in default_text().documents)
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
 
 
 @dataclass(frozen=True)

@@ -168,14 +168,19 @@ class Session:
     async def _length(self, manner: Manner, few: Seen, notes: list[str]) -> Length:
         """Tokens a word, by the server's own count of two prompts: what a template adds is in both."""
         if few.prompt_tokens is None:
-            notes.append("The server does not count prompts: 4 tokens are taken for 3 words.")
-            return Length(4 / 3)
+            return self._guess(notes)
         whole = self.settings.inputs + self.settings.prefix
         words = max(2 * PROBE_WORDS, PROBE_WORDS * whole // max(few.prompt_tokens, 1))
         many = await self._once(manner.asked(0, self._words(words), 1, True))
         if many.prompt_tokens is None:
             raise refused(many.status, many.reason or many.outcome)
+        if many.prompt_tokens <= few.prompt_tokens:
+            return self._guess(notes)
         return Length.fitted((PROBE_WORDS, few.prompt_tokens), (words, many.prompt_tokens))
+
+    def _guess(self, notes: list[str]) -> Length:
+        notes.append("The server does not count prompts: 4 tokens are taken for 3 words.")
+        return Length(4 / 3)
 
     # ── Measuring ───────────────────────────────────────────────────────────
 
