@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ def asked(number=0, tokens=5, exact=True, chat=False):
     return Manner("m", chat).asked(number, "Hello", tokens, exact)
 
 
-def seen_with(plan, request=None, timeout=60.0, leave_after=None, keep_alive=True):
+def seen_with(plan, request=None, timeout=60.0, keep_alive=True):
     """(what the client saw, what the server logged) of one request that was due 2 s before it was sent."""
 
     async def main():
@@ -25,7 +26,7 @@ def seen_with(plan, request=None, timeout=60.0, leave_after=None, keep_alive=Tru
             await asyncio.sleep(2)
             door = Door(Place.of(url), keep_alive)
             clock = asyncio.get_running_loop().time
-            seen = await ask(door, request or asked(), clock, 0.0, timeout, leave_after)
+            seen = await ask(door, request or asked(), clock, 0.0, timeout)
             door.close()
             return seen, server.log[0]
 
@@ -108,7 +109,7 @@ def test_a_timeout():
 
 
 def test_leaving_closes_the_connection():
-    seen, _ = seen_with(Plan(), leave_after=2)
+    seen, _ = seen_with(Plan(), replace(asked(), leave_after=2))
     assert (seen.outcome, seen.tokens) == ("left", 2) and seen.ttft is None
 
 

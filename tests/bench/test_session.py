@@ -9,6 +9,7 @@ from lightship.bench.figures import Limit
 from lightship.bench.session import Session, Settings, find_knee, measure
 from lightship.errors import EngineError, UsageError
 from tests.bench.scripted import Plan, Scripted, virtually
+from tests.tiny import tiny_tokenizer
 
 
 def measured(server_of, limits=(), probes=2, **settings):
@@ -110,8 +111,9 @@ def test_prompts_have_the_length_that_was_asked_for_and_share_their_prefix():
     assert other[0].body["prompt"].split(" ")[:25] != prompts[0][:25]
 
 
-def test_token_ids_have_exactly_the_length_that_was_asked_for(llama):
-    _, _, log, _ = measured(Scripted, probes=1, clients=1, requests=5, inputs=20, prefix=7, tokenizer=llama.folder)
+def test_token_ids_have_exactly_the_length_that_was_asked_for(tmp_path):
+    tiny_tokenizer(tmp_path)
+    _, _, log, _ = measured(Scripted, probes=1, clients=1, requests=5, inputs=20, prefix=7, tokenizer=tmp_path)
     prompts = [each.body["prompt"] for each in log]
     assert [len(prompt) for prompt in prompts] == [27] * 6
     assert all(isinstance(token, int) for prompt in prompts for token in prompt)

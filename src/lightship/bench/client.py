@@ -20,7 +20,7 @@ ENDED_ITSELF = ("stop", "tool_calls", "function_call")
 class Asked:
     """One request. `max_tokens` is what was asked for (None: no limit); with `exact` an answer that the model ends
     before that is too short, without it is what was wanted. `at`: seconds after the start when it is due, None in a
-    closed loop."""
+    closed loop. `leave_after`: close the connection after so many pieces, as clients do that lose their patience."""
 
     number: int
     path: str
@@ -28,6 +28,7 @@ class Asked:
     max_tokens: int | None
     exact: bool = True
     at: float | None = None
+    leave_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Reading:
         self.reason: str | None = None
         self.done = False
 
-    async def take(self, answer: Answer, leave_after: int | None) -> Outcome:
+    async def take(self, answer: Answer) -> Outcome:
         """Read the answer to its end."""
         self.status = answer.status
         self.retry_after = "retry-after" in answer.headers
@@ -148,7 +149,7 @@ class _Reading:
             if chunk.error is not None or chunk.object == "error":
                 self.reason = message(data, 200)
             self._take(chunk)
-            if leave_after is not None and self.pieces >= leave_after:
+            if self._asked.leave_after is not None and self.pieces >= self._asked.leave_after:
                 return "left"
         return self._judge()
 
@@ -188,17 +189,14 @@ class _Reading:
         return "short"
 
 
-async def ask(
-    door: Door, asked: Asked, clock: Clock, scheduled: float, timeout: float, leave_after: int | None = None
-) -> Seen:
-    """Send one request and read its answer, for `timeout` seconds at most; with `leave_after`, leave after so many
-    pieces. Never raises for what the server does."""
+async def ask(door: Door, asked: Asked, clock: Clock, scheduled: float, timeout: float) -> Seen:
+    """Send one request and read its answer, for `timeout` seconds at most. Never raises for what the server does."""
     reading, sent = _Reading(asked, clock), clock()
     try:
         async with asyncio.timeout(timeout):
             answer = await door.send(door.request("POST", asked.path, asked.body))
             try:
-                outcome = await reading.take(answer, leave_after)
+                outcome = await reading.take(answer)
             finally:
                 answer.close()
     except TimeoutError:

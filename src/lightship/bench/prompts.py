@@ -109,7 +109,7 @@ def _text() -> str:
 @dataclass(frozen=True)
 class Synthetic:
     """Prompts of one length, the same for the same seed and number. `prefix` and `length` are in units of `prose`,
-    `outputs` in tokens."""
+    `outputs` in tokens; `exact`: as of `Asked`."""
 
     manner: Manner
     prose: Prose
@@ -118,6 +118,7 @@ class Synthetic:
     prefix: int = 0
     seed: int = 0
     count: int | None = None
+    exact: bool = True
     _shared: list[Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -131,4 +132,4 @@ class Synthetic:
         return units if isinstance(units[0], int) else " ".join(units)
 
     def asked(self, number: int, at: float | None = None) -> Asked:
-        return self.manner.asked(number, self.content(number), self.outputs, True, at)
+        return self.manner.asked(number, self.content(number), self.outputs, self.exact, at)
