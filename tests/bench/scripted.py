@@ -82,11 +82,11 @@ class Scripted:
         self.slots = asyncio.Semaphore(slots) if slots else contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
-    async def open(self):
+    async def open(self, tls=None):
         """Yields the URL."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
         try:
-            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         finally:
             server.close()
             for task in self._serving:

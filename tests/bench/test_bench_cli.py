@@ -70,6 +70,12 @@ def test_exact_prompts_from_the_bundles_tokenizer(url, bundle_path):
     assert json.loads(done.stdout)["input_tokens"] == 12 * 40
 
 
+def test_the_seed_is_another_each_time_and_can_be_given(url):
+    seeds = [json.loads(bench(url, *SMALL, "--json", *more).stdout)["seed"] for more in ([], [], ["--seed", "7"])]
+    assert seeds[0] != seeds[1] and seeds[2] == 7
+    assert "--seed 7 asks the same again" in bench(url, *SMALL, "--seed", "7").stdout
+
+
 def test_a_limit_that_is_not_met(url):
     done = bench(url, *SMALL, "--clients", "2", "--limit", "ttft=0.000001")
     assert done.returncode == 1 and "0.0% of all within ttft" in done.stdout

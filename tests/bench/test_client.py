@@ -1,10 +1,16 @@
 """One request: its times against the server's log, and every way in which it can end badly."""
 
 import asyncio
+import datetime
+import ipaddress
 import socket
+import ssl
 from dataclasses import replace
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from lightship.bench.client import Asked, ask
 from lightship.bench.prompts import Manner
@@ -172,6 +178,44 @@ def test_what_broke_or_ends_with_its_answer_is_not_used_again():
 
 def test_a_connection_that_was_idle_for_long_is_not_trusted():
     assert connections([Plan(), Plan()], pause=3.0) == (2, ["whole", "whole"])
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """(certificate, key) for 127.0.0.1, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(),
+                                      now - datetime.timedelta(1), now + datetime.timedelta(1))  # fmt: skip
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = builder.add_extension(address, False).sign(key, hashes.SHA256())
+    certificate, private = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                          serialization.NoEncryption()))  # fmt: skip
+    return certificate, private
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_tls(certificate, monkeypatch, trusted):
+    """A certificate of one's own is trusted where $SSL_CERT_FILE names it, and not otherwise."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*certificate)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+
+    async def main():
+        async with Scripted().open(tls) as url:
+            door = Door(Place.of(url))
+            seen = await ask(door, asked(), lambda: 0.0, 0.0, 60)
+            door.close()
+            await asyncio.sleep(0.1)  # in virtual time: for the good-bye of TLS
+            return seen
+
+    seen = virtually(main())
+    assert seen.outcome == ("whole" if trusted else "broken")
+    assert trusted or "CERTIFICATE_VERIFY_FAILED" in seen.reason
 
 
 # ── Addresses ───────────────────────────────────────────────────────────────

@@ -107,7 +107,10 @@ class Session:
     async def _look(self) -> Server:
         manner = Manner(self.settings.model or await self._model(), self.settings.chat)
         notes: list[str] = []
-        content: Any = self.trace.lines[0].content if self.trace else self._words(PROBE_WORDS)
+        content: Any = self._words(PROBE_WORDS) if self.trace is None else "Hello"
+        if self.trace is not None:  # none of its own prompts: that one would then be in the prefix cache
+            messages = isinstance(self.trace.lines[0].content, list) and not needs_ids(self.trace.lines[:1])
+            content = [{"role": "user", "content": content}] if messages else content
         manner, few = await self._probe(manner, content, notes)
         length = None
         if self.trace is None and self.settings.tokenizer is None:

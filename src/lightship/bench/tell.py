@@ -100,11 +100,16 @@ def formulas() -> str:
     return "\n".join(map(wrapped, FORMULAS))
 
 
-def told(figures: Figures) -> str:
+def seeded(seed: int | None) -> str:
+    """How to ask the same again; empty where nothing was drawn."""
+    return "" if seed is None else f"--seed {seed} asks the same again; a prefix cache may then know the prompts."
+
+
+def told(figures: Figures, seed: int | None = None) -> str:
     """A whole run."""
     facts = "\n".join(f"{name:12}{text}" for name, text in summary(figures))
     said = "\n".join(wrapped(f"! {warning}") for warning in warnings(figures))
-    return "\n\n".join(filter(None, [facts, times(figures), said, formulas()]))
+    return "\n\n".join(filter(None, [facts, times(figures), said, formulas(), seeded(seed)]))
 
 
 def step(rate: float, figures: Figures) -> list[str]:
@@ -125,7 +130,7 @@ def step(rate: float, figures: Figures) -> list[str]:
 HEAD = ["requests/s", "n", "goodput", "TTFT, s", "TPOT, ms", "tokens/s", "failures", "delay p50, ms", "most missed"]
 
 
-def told_sweep(sweep: Sweep) -> str:
+def told_sweep(sweep: Sweep, seed: int | None = None) -> str:
     """A whole sweep."""
     rows = [HEAD, *(step(each.rate, each.figures) for each in sorted(sweep.steps, key=lambda each: each.rate))]
     limits = ", ".join(sweep.steps[0].figures.limits) if sweep.steps else ""
@@ -136,4 +141,6 @@ def told_sweep(sweep: Sweep) -> str:
         said.append(f"The generator itself was late at {', '.join(late)} requests/s: a large part of what was "
                      "measured there is its own delay.")  # fmt: skip
     warned = "\n".join(wrapped(f"! {each}") for each in said)
-    return "\n\n".join(filter(None, [columns(rows), wrapped(sweep.said()) + "\n" + rule, warned, formulas()]))
+    return "\n\n".join(
+        filter(None, [columns(rows), wrapped(sweep.said()) + "\n" + rule, warned, formulas(), seeded(seed)])
+    )

@@ -50,7 +50,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Share of the requests that must meet every limit; below it exit code 1."),
         click.option("--timeout", default=600.0, show_default=True, type=ABOVE, help="Seconds for one request."),
         click.option("--no-keep-alive", is_flag=True, help="A connection for each request."),
-        click.option("--seed", default=0, show_default=True, help="Of arrivals and prompts."),
+        click.option("--seed", type=int, help="Of arrivals and prompts (default: another each time, since a "
+                     "server may remember prompts)."),
         click.option("--record", type=FILE, metavar="FILE", help="A JSON line for each request."),
         click.option("--json", "as_json", is_flag=True, help="Print as JSON."),
     ]  # fmt: skip
@@ -76,20 +77,22 @@ def command(
     from lightship.bench.view import watching
 
     settings, known = _settings(url, sweep, **given), _limits(limits, sweep)
+    seed = settings.seed if settings.trace is None else None
     kept = None if record is None else Record(record, known)
     with watching(lambda line: click.echo(line, err=True)) as board:
         if sweep:
             found: Any = asyncio.run(find_knee(settings, known, share, board, kept))
-            text, enough = told_sweep(found), found.knee is not None
+            text, enough = told_sweep(found, seed), found.knee is not None
         else:
             run = asyncio.run(measure(settings, known, board, kept))
-            found, text, enough = run, told(run), run.goodput >= share
-    click.echo(json.dumps({**found.to_dict(), "formulas": FORMULAS}) if as_json else text)
+            found, text, enough = run, told(run, seed), run.goodput >= share
+    click.echo(json.dumps({**found.to_dict(), "seed": seed, "formulas": FORMULAS}) if as_json else text)
     return 0 if enough else 1
 
 
 def _settings(url: str, sweep: bool, **given: Any) -> Settings:
     import os
+    import secrets
 
     from lightship.bench.session import Settings
     from lightship.errors import UsageError
@@ -104,6 +107,8 @@ def _settings(url: str, sweep: bool, **given: Any) -> Settings:
         given |= {"seconds": 30.0} if sweep else {"seconds": 60.0, "requests": 100}
     if given["rate"] is None and given["clients"] is None and given["trace"] is None:
         given["clients"] = 16 if sweep else 8
+    if given["seed"] is None:
+        given["seed"] = secrets.randbelow(10**6)
     return Settings(url, key=key, keep_alive=not no_keep_alive, **given)
 
 
