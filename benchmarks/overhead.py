@@ -20,12 +20,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from benchmarks.load import closed_loop
+from benchmarks.load import lists
 from benchmarks.page import put, table
 from benchmarks.serve import started
+from lightship.bench.loop import closed_loop
+from lightship.bench.prompts import Manner
+from lightship.bench.trace import Line, Trace
+from lightship.bench.wire import Door, Place
 from lightship.bundle import Bundle
 from lightship.calibration import default_text
 from lightship.engine import EngineSettings
@@ -100,10 +105,10 @@ def spent(process: psutil.Process) -> float:
 
 def drain(url: str, clients: int, chat: bool) -> int:
     """All requests; returns the tokens they got."""
-    asked = {"max_tokens": OUT, "stream": True, "stream_options": {"include_usage": True}}
-    asked |= {"messages": [{"role": "user", "content": "Go on."}]} if chat else {"prompt": [1, 2, 3]}
-    route = "/v1/chat/completions" if chat else "/v1/completions"
-    return asyncio.run(closed_loop(url, [json.dumps(asked).encode()] * REQUESTS * clients, clients, route=route)).tokens
+    content: Any = [{"role": "user", "content": "Go on."}] if chat else [1, 2, 3]
+    requests = Trace((Line(content, OUT, None),) * REQUESTS * clients, Manner())
+    tokens: int = lists(asyncio.run(closed_loop(Door(Place.of(url), keep_alive=False), requests, clients)))["tokens"]
+    return tokens
 
 
 def measured(folder: Path, port: int, clients: int, chat: bool) -> list[str]:

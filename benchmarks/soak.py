@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal
 
 import numpy as np
 
-from benchmarks.load import closed_loop
 from benchmarks.page import DOCS, put, table
 from benchmarks.preflight import resident
 from benchmarks.serve import server
+from lightship.bench.client import Asked, Seen
+from lightship.bench.figures import Distribution, Figures, Limit, figures
+from lightship.bench.loop import closed_loop, open_loop
+from lightship.bench.prompts import COMPLETIONS, Manner, Prose, Synthetic
+from lightship.bench.schedule import poisson
+from lightship.bench.sweep import Step, climb
+from lightship.bench.wire import Door, Place
 from lightship.bundle import Bundle
-from lightship.calibration import default_text
 from lightship.evaluation.memory import tree
-from lightship.tokenizer import load_tokenizer
 
+Kind = Literal["healthy", "leaves", "garbage"]
 PAGE = DOCS / "reliability.md"
 IN, OUT = 200, 64  # tokens of a prompt and of an answer
 SHARES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)  # of the closed-loop capacity
@@ -41,27 +44,16 @@ RUBBISH = [b"{", b"\xff\xfe\x00", b'{"prompt": NaN}', b'{"prompt": "a", "max_tok
 
 
 @dataclass
-class Seen:
-    """What one request saw. `ttft` and `tpot` in seconds; None where it got no tokens."""
-
-    kind: str  # healthy, leaves, garbage
-    outcome: str  # whole, left, refused <status>, told (an error event), lost (broken off), stuck
-    ttft: float | None = None
-    tpot: float | None = None
-    retry_after: bool = False
-
-
-@dataclass
 class Phase:
     """All requests of one phase, and memory over its time: seconds, bytes of RSS of the process that answers HTTP,
     and of those that compute."""
 
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[tuple[Kind, Seen]] = field(default_factory=list)
     memory: list[tuple[float, int, int]] = field(default_factory=list)
 
     def healthy(self) -> list[Seen]:
         """Those that stayed and asked for something sensible."""
-        return [each for each in self.seen if each.kind == "healthy"]
+        return [each for kind, each in self.seen if kind == "healthy"]
 
     def p95(self, name: str) -> float:
         """Of the admitted healthy requests."""
@@ -75,72 +67,54 @@ class Phase:
         return f"{self.memory[0][column] / 1e6:.0f} → {self.memory[-1][column] / 1e6:.0f} ({slope:+.1f})"
 
 
-async def ask(host: str, port: int, kind: str, body: bytes, arrived: float) -> Seen:
-    """One request, to its end or until it leaves."""
-    try:
-        async with asyncio.timeout(STUCK):
-            return await _ask(host, port, kind, body, arrived)
-    except TimeoutError:
-        return Seen(kind, "stuck")
-    except (ConnectionError, asyncio.IncompleteReadError):
-        return Seen(kind, "lost")
+def ended(seen: Seen) -> str:
+    """whole, left, refused <status>, told (an error event), lost (broken off), stuck, or short."""
+    if seen.outcome in ("refused", "failed") and seen.status != 200:
+        return f"refused {seen.status}"
+    return {"failed": "told", "broken": "lost", "timeout": "stuck"}.get(seen.outcome, seen.outcome)
 
 
-async def _ask(host: str, port: int, kind: str, body: bytes, arrived: float) -> Seen:
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        status = int((await reader.readuntil(b"\r\n")).split()[1])
-        headers = await reader.readuntil(b"\r\n\r\n")
-        if status != 200:
-            await reader.read()
-            return Seen(kind, f"refused {status}", retry_after=b"retry-after:" in headers.lower())
-        first = last = 0.0
-        pieces, finished, told = 0, False, False
-        async for line in reader:
-            if line.startswith(b"data: {") and b'"text":""' not in line and b'"choices":[]' not in line:
-                last = time.perf_counter()
-                first, pieces = first or last, pieces + 1
-                told = told or b'"error":' in line
-                if kind == "leaves" and pieces >= 5:
-                    return Seen(kind, "left", first - arrived)
-            finished = finished or line == b"data: [DONE]\n"
-        outcome = "told" if told else "whole" if finished else "lost"
-        return Seen(kind, outcome, first - arrived, (last - first) / (pieces - 1) if pieces > 1 else None)
-    finally:
-        writer.close()
+@dataclass(frozen=True)
+class Mixed:
+    """Requests of which some leave and some are garbage, drawn by chance for each number."""
+
+    prompts: Synthetic
+    count: int | None = None
+
+    def kind(self, number: int) -> Kind:
+        """Of request `number`."""
+        draw = random.Random(f"kind {number}").random()
+        return "garbage" if draw < GARBAGE else "leaves" if draw < GARBAGE + LEAVES else "healthy"
+
+    def asked(self, number: int, at: float | None = None) -> Asked:
+        """Request `number`."""
+        kind = self.kind(number)
+        if kind == "garbage":
+            return Asked(number, COMPLETIONS, RUBBISH[number % len(RUBBISH)], None, False, at)
+        sane = self.prompts.asked(number, at)
+        return replace(sane, leave_after=5) if kind == "leaves" else sane
 
 
-class Prompts:
-    """Pieces of English prose that begin at places drawn by chance."""
+class Ground:
+    """The server under load, and prompts for it of which no two are the same."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids, self._chance = ids, random.Random(1)
+    def __init__(self, url: str, pid: int, prose: Prose) -> None:
+        self.door, self.pid = Door(Place.of(url), keep_alive=False), pid
+        self._prose, self._seed = prose, 0
 
-    def body(self) -> bytes:
-        """One streamed completion request, greedy, whose first token no other has at this place of the text."""
-        start = self._chance.randrange(len(self._ids) - IN)
-        row = [self._chance.choice(self._ids), *self._ids[start + 1 : start + IN]]
-        return json.dumps({"prompt": row, "max_tokens": OUT, "temperature": 0, "stream": True,
-                           "stream_options": {"include_usage": True}}).encode()  # fmt: skip
+    def prompts(self) -> Synthetic:
+        """Others every time. What the model ends itself is whole: this server has no ignore_eos."""
+        self._seed += 1
+        return Synthetic(Manner(ignore_eos=False), self._prose, IN, OUT, seed=self._seed, exact=False)
 
-
-async def phase(url: str, pid: int, prompts: Prompts, rate: float, seconds: float, mixed: bool) -> Phase:
-    """Requests at `rate` a second for `seconds`, then wait for all of them."""
-    place, found, chance = urlsplit(url), Phase(), random.Random(0)
-    host, port = place.hostname or "", place.port or 80
-    began, tasks, at = time.perf_counter(), [], 0.0
-    sampling = asyncio.create_task(_sample(pid, began, found))
-    while (at := at + chance.expovariate(rate)) < seconds:
-        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-        draw = chance.random() if mixed else 1.0
-        kind = "garbage" if draw < GARBAGE else "leaves" if draw < GARBAGE + LEAVES else "healthy"
-        body = chance.choice(RUBBISH) if kind == "garbage" else prompts.body()
-        tasks.append(asyncio.create_task(ask(host, port, kind, body, began + at)))
-    found.seen = list(await asyncio.gather(*tasks))
-    sampling.cancel()
-    return found
+    async def phase(self, rate: float, seconds: float) -> Phase:
+        """Requests of all kinds at `rate` a second for `seconds`, then wait for all of them."""
+        found, source = Phase(), Mixed(self.prompts())
+        sampling = asyncio.create_task(_sample(self.pid, time.perf_counter(), found))
+        run = await open_loop(self.door, source, poisson(rate, 0, seconds=seconds), timeout=STUCK)
+        found.seen = [(source.kind(each.number), each) for each in run.seen]
+        sampling.cancel()
+        return found
 
 
 async def _sample(pid: int, began: float, found: Phase) -> None:
@@ -150,48 +124,55 @@ async def _sample(pid: int, began: float, found: Phase) -> None:
         await asyncio.sleep(5)
 
 
-async def knee(url: str, pid: int, prompts: Prompts, seconds: float) -> tuple[float, list[list[str]]]:
+async def knee(ground: Ground, seconds: float) -> tuple[float, list[list[str]]]:
     """The rate, and a row for each share that was tried; the first that fails ends it."""
-    requests = [prompts.body() for _ in range(96)]
-    load = await closed_loop(url, requests, 16)
-    capacity, rows, best = len(requests) / load.seconds, [], 0.0
-    for share in SHARES:
-        found = await phase(url, pid, prompts, capacity * share, seconds, mixed=False)
-        healthy = found.healthy()
-        good = sum(each.outcome == "whole" and (each.ttft or 0) <= TTFT and (each.tpot or 0) <= TPOT
-                   for each in healthy) / max(len(healthy), 1)  # fmt: skip
-        rows.append([f"{capacity * share:.2f}", f"{share:.1f}", str(len(healthy)), f"{good:.0%}",
-                     f"{found.p95('ttft'):.2f}", f"{1000 * found.p95('tpot'):.0f}"])  # fmt: skip
+    run = await closed_loop(ground.door, ground.prompts(), 16, requests=96, timeout=STUCK)
+    capacity, limits = len(run.seen) / run.seconds, (Limit("ttft", TTFT), Limit("tpot", TPOT))
+    rows: list[list[str]] = []
+
+    async def measure(rate: float) -> Figures:
+        schedule = poisson(rate, 0, seconds=seconds)
+        return figures(await open_loop(ground.door, ground.prompts(), schedule, timeout=STUCK), limits)
+
+    def tell(step: Step) -> None:
+        found = step.figures
+        rows.append([f"{step.rate:.2f}", f"{step.rate / capacity:.1f}", str(found.requests), f"{found.goodput:.0%}"])
+        rows[-1] += [_shown(found.ttft, 1), _shown(found.tpot, 1000)]
         print(rows[-1], flush=True)
-        if good < 0.95:
-            break
-        best = capacity * share
-    return best or capacity * SHARES[0], rows
+
+    sweep = await climb(measure, [capacity * share for share in SHARES], 0.95, tell=tell)
+    return sweep.knee.rate if sweep.knee else capacity * SHARES[0], rows
+
+
+def _shown(times: Distribution, scale: float) -> str:
+    value = times.value("p95")
+    return "–" if value is None else f"{scale * value:.{0 if scale > 1 else 2}f}"
 
 
 def outcomes(found: Phase) -> str:
     """`1 200 whole, 3 refused 429, …` of each kind."""
-    kinds = {}
-    for each in found.seen:
-        kinds.setdefault(each.kind, Counter())[each.outcome] += 1
+    kinds: dict[str, Counter[str]] = {}
+    for kind, each in found.seen:
+        kinds.setdefault(kind, Counter())[ended(each)] += 1
     return "; ".join(f"{kind}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
                      for kind, counts in sorted(kinds.items()))  # fmt: skip
 
 
 def report(name: str, rate: float, found: Phase) -> list[str]:
     """A row of the table."""
-    refused = [each for each in found.seen if each.outcome in ("refused 429", "refused 503")]
+    refused = [each for _, each in found.seen if each.status in (429, 503)]
     told_when = f"{sum(each.retry_after for each in refused)} of {len(refused)}"
     return [name, f"{rate:.2f}", str(len(found.seen)), outcomes(found), f"{found.p95('ttft'):.2f}",
             f"{1000 * found.p95('tpot'):.0f}", found.grown(1), found.grown(2), told_when]  # fmt: skip
 
 
-async def soak(url: str, pid: int, prompts: Prompts, minutes: float) -> str:
+async def soak(url: str, pid: int, prose: Prose, minutes: float) -> str:
     """All phases; returns the section."""
-    rate, sweep = await knee(url, pid, prompts, STEP)
-    long = await phase(url, pid, prompts, rate, 60 * minutes, mixed=True)
+    ground = Ground(url, pid, prose)
+    rate, sweep = await knee(ground, STEP)
+    long = await ground.phase(rate, 60 * minutes)
     print(outcomes(long), flush=True)
-    flood = await phase(url, pid, prompts, 10 * rate, 60, mixed=True)
+    flood = await ground.phase(10 * rate, 60)
     rows = [["phase", "requests/s", "requests", "outcomes", "TTFT p95, s", "TPOT p95, ms",
              "RSS of the API, MB (a minute)", "RSS of the engine, MB (a minute)", "429 and 503 with Retry-After"],
             report(f"{minutes:g} minutes at the knee", rate, long),
@@ -210,10 +191,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--port", type=int, default=18_900)
     asked = parser.parse_args()
-    tokenizer = load_tokenizer(Bundle.open(asked.bundle).target_folder("openvino"))
-    ids = tokenizer.encode("".join(each.text for each in default_text().documents), add_special_tokens=False).ids
+    prose = Prose.of_ids(Bundle.open(asked.bundle).target_folder("openvino"))
     with server(asked.bundle, asked.port) as (url, pid, _):
-        put("soak", asyncio.run(soak(url, pid, Prompts(ids), asked.minutes)), PAGE)
+        put("soak", asyncio.run(soak(url, pid, prose, asked.minutes)), PAGE)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,23 @@ from pathlib import Path
 
 async def serve(recorded: bytes, first: float, each: float) -> None:
     """Print the port, then answer until killed. `first`: seconds before the first token, `each`: between two."""
-    head, _, stream = recorded.partition(b"\r\n\r\n")
-    chunks = [part + b"\n\n" for part in stream.split(b"\n\n") if part.strip()]
+    events = [part + b"\n\n" for part in recorded.split(b"\n\n") if part.strip()]
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    )
+    chunks = [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await reader.readuntil(b"\r\n\r\n")
         length = int(request.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         await reader.readexactly(length)
-        writer.write(head + b"\r\n\r\n")
+        writer.write(head)
         await asyncio.sleep(first)
         for chunk in chunks:
             writer.write(chunk)
             await writer.drain()
             await asyncio.sleep(each)
+        writer.write(b"0\r\n\r\n")
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lightship"
 WALKS = ("decoder_pipeline", "encoder_pipeline")
 STAGES = {
+    "bench",
     "sources",
     "compression",
     "targets",

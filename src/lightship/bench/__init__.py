@@ -1,0 +1,1 @@
+"""A load generator for any OpenAI-compatible server, open and closed loop; on raw sockets, so that it costs little."""
