@@ -21,7 +21,7 @@ from lightship.sampling import log_softmax
 from lightship.targets import _onnx_encoder, _onnx_seq2seq, _onnx_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._sequential import BATCHING as BATCHING
-from lightship.targets._sequential import Request, Sequential
+from lightship.targets._sequential import Request, Sequential, refuse_lookup
 from lightship.targets._tracing import tracing
 
 EXTRA = "build"
@@ -454,5 +454,7 @@ def preload() -> None:
 
 def open(folder: Path, settings: EngineSettings | None = None) -> OnnxEngine | Seq2SeqEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
-    pair = _pair(folder, settings or EngineSettings())
-    return OnnxEngine(folder, settings or EngineSettings()) if pair is None else Seq2SeqEngine(pair, folder)
+    settings = settings or EngineSettings()
+    refuse_lookup(settings)
+    pair = _pair(folder, settings)
+    return OnnxEngine(folder, settings) if pair is None else Seq2SeqEngine(pair, folder)
