@@ -25,6 +25,7 @@ from lightship.targets._sequential import Request, Sequential, refuse_lookup
 from lightship.targets._tracing import tracing
 
 EXTRA = "build"
+TUNABLE = ("threads", "max_batched_tokens")  # what `tune` may try
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
 PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
