@@ -28,7 +28,7 @@ from lightship.machine import cpu_quota, machine
 from lightship.search.settings import Candidate, Dimension, Failed, Judgement, Search
 from lightship.tuning import Chosen, Entry, Figures, Row, Workload
 
-SECONDS = 6.0  # that a run should take at least, so that noise does not decide
+SECONDS = 8.0  # that a run should take at least, so that noise does not decide
 MOST_WAVES = 24
 PATIENCE = 4  # times the budget that a single run may take before it is given up
 BF16 = ("avx512_bf16", "amx_bf16")
@@ -202,7 +202,7 @@ class Processes:
         else:
             self._prompts = workload.text_prompts(folder, most, load.tokens_in, load.shared)
         found = self._run(start, None)
-        wanted = min(SECONDS, (self.ends - time.monotonic()) / 60)
+        wanted = min(SECONDS, (self.ends - time.monotonic()) / 50)
         self.waves = min(max(round(wanted / max(found["seconds"], 1e-3)), 1), MOST_WAVES)
 
     def load(self, candidate: Candidate, slowest: float | None = None) -> Figures | None:
