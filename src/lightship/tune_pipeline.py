@@ -30,6 +30,7 @@ from lightship.tuning import Chosen, Entry, Figures, Row, Workload
 
 SECONDS = 8.0  # that a run should take at least, so that noise does not decide
 MOST_WAVES = 24
+LEAST = 4  # requests of a run that are counted, at least: one answer alone may be an odd one
 PATIENCE = 4  # times the budget that a single run may take before it is given up
 BF16 = ("avx512_bf16", "amx_bf16")
 
@@ -140,16 +141,25 @@ def dimensions(bundle: Bundle, load: Workload) -> list[Dimension]:
         # Greedy answers to plain text go in circles, in which lookup shines and users do not: only tasks that copy.
         return [best.with_(prompt_lookup=count) for count in (5, 10, 2)] if load.task == "copy" else []
 
-    named: list[tuple[str, Dimension]] = [
-        ("inference_precision", precision), ("prompt_lookup", lookup), ("max_batched_tokens", budget),
-        ("max_batched_tokens", budget), ("kv_precision", kv_precision), ("threads", threads),
-        ("max_num_seqs", sequences), ("dynamic_quantisation_group", activations), ("prefix_cache", prefix_cache),
+    arithmetic: list[tuple[str, Dimension]] = [
+        ("kv_precision", kv_precision),
+        ("dynamic_quantisation_group", activations),
+    ]
+    order: list[tuple[str, Dimension]] = [
+        ("max_batched_tokens", budget), ("max_batched_tokens", budget), ("threads", threads),
+        ("max_num_seqs", sequences), ("prefix_cache", prefix_cache),
     ]  # fmt: skip
+    # Other arithmetic changes the answer, and with it how much of it is copied: it is settled before lookup is there.
+    rest = (
+        [*arithmetic, ("prompt_lookup", lookup), *order]
+        if load.task == "copy"
+        else [*order[:3], *arithmetic, *order[3:]]
+    )
 
     def heeded(name: str, dimension: Dimension) -> Dimension:
         return lambda best: dimension(best) if name in _tunable(best.target) else []
 
-    return [targets, *(heeded(name, dimension) for name, dimension in named)]
+    return [targets, *(heeded(name, dimension) for name, dimension in (("inference_precision", precision), *rest))]
 
 
 def _tunable(target: str) -> Sequence[str]:
@@ -203,7 +213,8 @@ class Processes:
             self._prompts = workload.text_prompts(folder, most, load.tokens_in, load.shared)
         found = self._run(start, None)
         wanted = min(SECONDS, (self.ends - time.monotonic()) / 50)
-        self.waves = min(max(round(wanted / max(found["seconds"], 1e-3)), 1), MOST_WAVES)
+        least = math.ceil(LEAST / load.clients)
+        self.waves = min(max(round(wanted / max(found["seconds"], 1e-3)), least), MOST_WAVES)
 
     def load(self, candidate: Candidate, slowest: float | None = None) -> Figures | None:
         found = self._run(candidate, slowest)

@@ -93,9 +93,9 @@ class Figures(_Data):
 
 
 class Row(_Data):
-    """One candidate of the table. `verdict` begins with `winner`, `kept`, `slower`, `stopped`, `rejected`, `failed` or
-    `not measured`; `screening` is the first short run, `final` the repeated, alternating ones; `kld` of the golden rows
-    and `served` (mean |Δ log p| of the served path), nats, where they were asked for."""
+    """One candidate of the table. `verdict` begins with `winner`, `kept`, `no better`, `stopped`, `rejected`, `failed`
+    or `not measured`. `screening` is the first short run, `final` the repeated, alternating ones; `kld` of the golden
+    rows and `served` (mean |Δ log p| of the served path), nats, where they were asked for."""
 
     label: Text
     target: str = Field(pattern=r"^[a-z][a-z0-9_]{0,40}$")

@@ -130,7 +130,7 @@ class Search:
         faster = f"{found.tokens_per_second / max(before.tokens_per_second, 1e-9):.2f}× the best before it"
         if not self._better(found, before, GAIN):
             late = self._late(found)
-            self._put(candidate, f"slower: {faster}" + (f"; {late}" if late else ""), screening=found)
+            self._put(candidate, f"no better: {faster}" + (f"; {late}" if late else ""), screening=found)
             return False
         self._put(candidate, f"kept: {faster}", screening=found)
         return self._accepted(candidate, exactly=False)
