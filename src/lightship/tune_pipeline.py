@@ -206,15 +206,19 @@ class Processes:
         if load.tokens_in + load.tokens_out > context:
             raise UsageError(f"{load.tokens_in} tokens in and {load.tokens_out} out exceed the context of {context}",
                              hint="use smaller --in and --out")  # fmt: skip
-        most = load.clients * (2 + MOST_WAVES)
-        if load.task == "copy":
-            self._prompts = workload.copy_prompts(folder, most, load.tokens_in)
-        else:
-            self._prompts = workload.text_prompts(folder, most, load.tokens_in, load.shared)
+        self._prompts = self._made(folder)
         found = self._run(start, None)
         wanted = min(SECONDS, (self.ends - time.monotonic()) / 50)
         least = math.ceil(LEAST / load.clients)
         self.waves = min(max(round(wanted / max(found["seconds"], 1e-3)), least), MOST_WAVES)
+        self._prompts = self._made(folder)
+
+    def _made(self, folder: Path) -> list[list[int]]:
+        """The prompts of a run, and before them one of each client to warm up with."""
+        load, count = self.workload, self.workload.clients * (2 + self.waves)
+        if load.task == "copy":
+            return workload.copy_prompts(folder, count, load.tokens_in)
+        return workload.text_prompts(folder, count, load.tokens_in, load.shared)
 
     def load(self, candidate: Candidate, slowest: float | None = None) -> Figures | None:
         found = self._run(candidate, slowest)
@@ -225,9 +229,8 @@ class Processes:
     def _run(self, candidate: Candidate, slowest: float | None) -> dict[str, Any]:
         load = self.workload
         work = load.tokens_out * ((load.clients + 1) / 2 + load.clients * self.waves)  # where no answer ends early
-        number = load.clients * (1 + self.waves)
         return self._child(candidate, {
-            "what": "load", "prompts": self._prompts[load.clients : load.clients + number],
+            "what": "load", "prompts": self._prompts[load.clients :],
             "warm": self._prompts[: load.clients], "clients": load.clients, "new": load.tokens_out,
             "deadline": None if slowest is None else work / max(slowest, 1e-9), "ignore_eos": load.task != "copy",
         })  # fmt: skip

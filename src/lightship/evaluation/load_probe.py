@@ -1,7 +1,7 @@
-"""Run by `lightship tune` in a fresh process: open one target with given settings, put a load on it or judge it by the
-golden rows, print what was found as one JSON line.
+"""Run by `lightship tune` in a fresh process: put a load on one target with given settings, or judge it.
 
-The order comes on standard input, as JSON: `what` is `load` or `quality`.
+The order comes on standard input, as JSON: `what` is `load`, or `quality` by the golden rows. What was found is printed
+as one JSON line.
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ import gc
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from lightship.bundle import Bundle
 from lightship.engine import Engine, EngineSettings
 from lightship.errors import LightshipError, LimitExceeded
 from lightship.evaluation import load, replay
-from lightship.evaluation.divergence import BLOCK, BlockScorer
 from lightship.find import find
 
 
@@ -52,23 +48,13 @@ def _load(order: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
     return asdict(found)
 
 
-@dataclass(frozen=True)
-class _InBlocks:
-    """Scores a row block by block: in one pass nothing is read back from a cache, whatever its precision."""
-
-    scorer: BlockScorer
-
-    def logits(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """See `Scorer`."""
-        return np.concatenate(list(self.scorer.blocks(ids, mask, BLOCK)), axis=1)
-
-
 def _quality(order: dict[str, Any], settings: EngineSettings) -> dict[str, Any]:
-    """The golden rows in one pass and on the served path, at these settings. The parent has verified the bundle."""
+    """The golden rows in one pass, and on the served path, the only one that knows the precision of the KV cache; at
+    these settings. The parent has verified the bundle."""
     bundle, limit = Bundle(Path(order["bundle"]), {}, ""), float(order["limit"])
     rows, arrays = bundle.golden()
     target, folder = find("targets", order["target"]), Path(order["folder"])
-    kld = replay.replay(rows, arrays, [_InBlocks(target.open_scorer(folder, settings))] * len(rows))
+    kld = replay.replay(rows, arrays, [target.open_scorer(folder, settings)] * len(rows))
     gc.collect()
     engine = target.open(folder, replace(settings, prefix_cache=False))  # with it prompts cannot be scored
     try:
