@@ -59,6 +59,16 @@ class Bundle:
         return str(_parse(_manifest_bytes(Path(path)))["targets"][0])
 
     @staticmethod
+    def stated_digest(path: Path | str) -> str:
+        """The digest of the manifest at `path`, nothing verified: only to prepare for it."""
+        return hashlib.sha256(_manifest_bytes(Path(path))).hexdigest()
+
+    @staticmethod
+    def stated_targets(path: Path | str) -> list[str]:
+        """The targets as the manifest at `path` states them, nothing verified: only to prepare for it."""
+        return list(_parse(_manifest_bytes(Path(path)))["targets"])
+
+    @staticmethod
     def stated_kind(path: Path | str) -> Kind:
         """What the model is for as the manifest at `path` states it, nothing verified: only to prepare for it."""
         return _kind(_parse(_manifest_bytes(Path(path))))

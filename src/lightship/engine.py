@@ -54,6 +54,10 @@ class EngineSettings:
     """How to open a model for generation. None leaves the choice to the runtime folder's `engine.json`, then to the
     runtime. `max_num_seqs` requests are computed together at most; `kv_cache_gb` is the memory for keys and values in
     whole GiB; precisions are `f32`, `bf16`, `u8`, ….
+
+    `prompt_lookup` tokens are proposed to each step from where the text said the same before, 0 for none (Saxena 2023,
+    https://github.com/apoorvumang/prompt-lookup-decoding): the answer stays what it is, and comes sooner where it
+    copies from the prompt.
     """
 
     kv_cache_gb: int = 1
@@ -64,6 +68,7 @@ class EngineSettings:
     kv_precision: str | None = None
     dynamic_quantisation_group: int | None = None
     threads: int | None = None
+    prompt_lookup: int = 0
 
 
 @dataclass(frozen=True)

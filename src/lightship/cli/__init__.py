@@ -16,7 +16,7 @@ import click
 
 from lightship.errors import LightshipError
 
-VERBS = ("ship", "init", "run", "convert", "evaluate", "check", "serve", "keys", "chat", "bench", "show", "list",
+VERBS = ("ship", "init", "run", "convert", "evaluate", "check", "tune", "serve", "keys", "chat", "bench", "show", "list",
          "doctor", "demo", "completion")  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--drain", default=30.0, show_default=True, type=click.FloatRange(min=0),
                      help="Seconds for what runs when the server is told to stop."),
         click.option("--threads", type=click.IntRange(1), help="Threads of the engine (default: all cores)."),
+        click.option("--untuned", is_flag=True, help="Ignore what `lightship tune` found out about BUNDLE here."),
         click.option("--metrics-port", type=click.IntRange(0, 65535), help="/metrics on a port of its own."),
         click.option("--vllm-names", is_flag=True, help="Export metrics under vLLM's names too."),
         click.option("--log", type=FILE, metavar="FILE", help="A JSON line for each request, without its text."),
@@ -92,6 +93,7 @@ def _settings(**given: Any) -> Any:
     limit = given["max_memory"]
     return ServeSettings(
         engine=engine,
+        use_tuned=not given["untuned"],
         keys=given["keys"] or usual_path(),
         tls_cert=given["tls_cert"],
         tls_key=given["tls_key"],

@@ -73,3 +73,29 @@ def bucketed(p_top: Any, q_top: Any) -> Any:
     p_rest = np.maximum(1 - np.exp(p_top).sum(-1), 1e-9)
     q_rest = np.maximum(1 - np.exp(q_top).sum(-1), 1e-9)
     return (np.exp(p_top) * (p_top - q_top)).sum(-1) + p_rest * np.log(p_rest / q_rest)
+
+
+def replay_served(
+    rows: Sequence[Sequence[int]], arrays: dict[str, npt.NDArray[Any]], served: Sequence[npt.NDArray[np.float32]]
+) -> Metric:
+    """Mean |Δ log p| between the original and the engine as it serves: of the tokens of the golden rows that are among
+    the original's likeliest, since of others its log-probability is not kept. `served[row][i]`: of token i + 1.
+
+    The pipeline reveals no distribution, so no KLD; see `parity.check_served` for how the two limits belong together.
+    """
+    deltas: list[npt.NDArray[np.float64]] = []
+    start = 0
+    for row, found in zip(rows, served, strict=True):
+        positions = slice(start, start + len(row) - 1)  # nothing is known to follow the last
+        known = arrays["ids"][positions] == np.array(row[1:])[:, None]
+        likely = known.any(axis=1)
+        expected = arrays["logprobs"][positions][known].astype(np.float64)  # ids of a position differ: one a row
+        deltas.append(np.abs(expected - found[likely].astype(np.float64)))
+        start += len(row)
+    delta = np.concatenate(deltas)
+    if not len(delta) or not np.isfinite(delta).all():
+        raise LimitExceeded("the engine computes NaN or infinity on this machine")
+    stderr = float(delta.std() / np.sqrt(len(delta)))
+    return Metric("golden_served_delta_logprob", float(delta.mean()), "nats", len(delta), stderr, "lower", 0.0,
+                  f"mean |Δ log p| of the golden rows' tokens that are among the original's {TOP} likeliest, "
+                  "the engine as served")  # fmt: skip

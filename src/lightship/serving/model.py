@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer whose request sets no limit
 class ServedModel:
     """A runtime folder as the API sees it. `context` in tokens, `digest` of the bundle; `fingerprint` stands for the
     bundle and the settings of its engine. A chat without a limit gets at most `default_max_tokens`, or what the context
-    leaves. `tools` says how it calls functions, None when it does not."""
+    leaves. `tools` says how it calls functions, None when it does not; `facts` go into /v1/models."""
 
     name: str
     digest: str
@@ -39,6 +39,7 @@ class ServedModel:
     fingerprint: str = ""
     default_max_tokens: int = DEFAULT_MAX_TOKENS
     tools: Tools | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @staticmethod

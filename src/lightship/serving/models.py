@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from fastapi import FastAPI
@@ -23,6 +23,8 @@ class Card(Protocol):
     def context(self) -> int: ...
     @property
     def created(self) -> int: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
 
 
 def add_models(app: FastAPI, model: Card, batching: Callable[[], str | None] | None = None) -> None:
@@ -31,7 +33,7 @@ def add_models(app: FastAPI, model: Card, batching: Callable[[], str | None] | N
 
     def card() -> JSON:
         found = {"id": model.name, "object": "model", "created": model.created, "owned_by": "lightship",
-                 "context_length": model.context, "digest": model.digest}  # fmt: skip
+                 "context_length": model.context, "digest": model.digest, **model.facts}  # fmt: skip
         return found if batching is None else {**found, "batching": batching()}
 
     @app.get("/v1/models")

@@ -21,6 +21,7 @@ from lightship.serving.keys import KeyFile, KeyRing
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
 from lightship.serving.ticket import Limits
+from lightship.serving.tuned import facts, target_of, with_tuned
 
 if TYPE_CHECKING:
     import uvicorn
@@ -85,7 +86,8 @@ class Serving:
         return self._decoder(bundle, engine) if engine is not None else self._encoder(bundle)
 
     def _decoder(self, bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI]:
-        target, folder = bundle.targets[0], bundle.target_folder(bundle.targets[0])
+        target = self.settings.target or bundle.targets[0]
+        folder = bundle.target_folder(target)
         engine.load(folder)
         from lightship.serving import openai
         from lightship.serving.front import Front
@@ -95,7 +97,8 @@ class Serving:
 
         settings = self.settings
         model = ServedModel.load(bundle.name, bundle.digest, folder, settings.engine)
-        model = replace(model, context=min(model.context, settings.max_context or model.context))
+        context = min(model.context, settings.max_context or model.context)
+        model = replace(model, context=context, facts=facts(bundle, settings))
         grammars = Grammars(target, folder)
         scoring = Scoring(target, folder, settings.engine) if settings.scoring else None
         capacity = Limits(blocks=UNKNOWN, max_concurrent=settings.max_concurrent)
@@ -116,7 +119,7 @@ class Serving:
 
         target, settings = bundle.targets[0], self.settings
         batcher = Batcher(target, bundle.target_folder(target), settings.engine)
-        model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder)
+        model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder, facts(bundle, settings))
         front = Front(settings, self.keys, model.name, model.context, capacity(model.context), bundle.report)
         return self._listening(batcher, lambda app: add_routes(app, batcher, model, front.admission), front)
 
@@ -160,11 +163,11 @@ def serve(
     be loaded.
     """
     path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
-    with Serving(settings or ServeSettings(), host, port) as serving:
+    with Serving(with_tuned(path, settings or ServeSettings(), progress), host, port) as serving:
         _refuse_unserved(Bundle.stated_kind(path))
         engine = None
         if Bundle.stated_kind(path) == "decoder":
-            engine = Supervisor(Bundle.stated_target(path), serving.settings.engine, serving.settings.care)
+            engine = Supervisor(target_of(path, serving.settings), serving.settings.engine, serving.settings.care)
             engine.spawn()  # imports its runtime while the bundle is verified
         try:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -210,9 +213,14 @@ def running(
     `settings` it asks for no keys."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _refuse_unserved(opened.kind)
-    with Serving(settings or ServeSettings(keys=None), host, port) as serving:
+    settings = with_tuned(opened.folder, settings or ServeSettings(keys=None), log.info)
+    with Serving(settings, host, port) as serving:
         chosen = serving.settings
-        engine = Supervisor(opened.targets[0], chosen.engine, chosen.care) if opened.kind == "decoder" else None
+        engine = (
+            Supervisor(chosen.target or opened.targets[0], chosen.engine, chosen.care)
+            if opened.kind == "decoder"
+            else None
+        )
         server, _ = serving.server(opened, engine)
         with in_thread(server, serving.bound, serving.url):
             yield serving.url

@@ -9,6 +9,7 @@ from lightship.engine import EngineSettings
 from lightship.serving.keys import usual_path
 from lightship.serving.limits import Limits
 from lightship.serving.supervisor import Care
+from lightship.tuning import Entry
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,16 @@ class ServeSettings:
     `keys`: the key file, None for a server without keys. `max_context`: tokens of prompt and answer together, None for
     what the model has. `max_concurrent`: sequences that run together; `max_queue`: requests that wait.
     `first_token_deadline`: from arrival to the first token; `total_deadline`: to the last, None for none. `drain`: what
-    runs may take so long when the server ends. `metrics_port`: None puts /metrics beside the API. `vllm_names`: export
-    metrics under vLLM's names too. `log`: a line for each request goes there; None for none, 2 for standard error.
+    runs may take so long when the server ends. `use_tuned`: take what `lightship tune` found out here, where it fits;
+    `tuned` is what was found, see `serving.tuned`; `target`: of the bundle, None for its first. `metrics_port`: None
+    puts /metrics beside the API. `vllm_names`: export metrics under vLLM's names too. `log`: a line for each request
+    goes there; None for none, 2 for standard error.
     """
 
     engine: EngineSettings = field(default_factory=EngineSettings)
+    target: str | None = None
+    use_tuned: bool = True
+    tuned: Entry | None = None
     keys: Path | None = field(default_factory=usual_path)
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -21,6 +21,7 @@ from lightship.targets import _openvino_grammar
 
 BATCHING = "continuous"
 BLOCK_TOKENS = 32  # of one block of the paged KV cache on a processor
+NGRAM = 3  # tokens at the end of the text, at most, that prompt lookup searches for
 
 
 class OpenVINOEngine:
@@ -44,8 +45,10 @@ class OpenVINOEngine:
         scheduler.max_num_batched_tokens = settings.max_batched_tokens
         scheduler.enable_prefix_caching = settings.prefix_cache
         self._genai = genai
+        self._lookup = settings.prompt_lookup
+        given = {**properties, "prompt_lookup": True} if self._lookup else dict(properties)
         try:
-            self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", dict(properties))
+            self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", given)
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO GenAI cannot serve {folder} by continuous batching: {str(error).strip().splitlines()[-1]}",
@@ -91,6 +94,8 @@ class OpenVINOEngine:
             stops = self._stops(params)
             config.set_eos_token_id(stops[0])  # without it the pipeline does not stop at stop_token_ids either
             config.stop_token_ids = set(stops)
+        if self._lookup:  # such a pipeline takes no request without them
+            config.num_assistant_tokens, config.max_ngram_size = self._lookup, NGRAM
         config.logprobs = 1 if params.logprobs else 0
         config.presence_penalty = params.presence_penalty
         config.frequency_penalty = params.frequency_penalty

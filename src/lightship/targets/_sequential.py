@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightship.engine import Event, GenerationParams
-from lightship.errors import RequestError
+from lightship.engine import EngineSettings, Event, GenerationParams
+from lightship.errors import RequestError, UnsupportedError
 from lightship.sampling import choose, log_softmax
 
 BATCHING = "none"
+
+
+def refuse_lookup(settings: EngineSettings) -> None:
+    """Raise `UnsupportedError` for prompt lookup."""
+    if settings.prompt_lookup:
+        raise UnsupportedError("prompt lookup is there for decoders served with OpenVINO only",
+                               hint="leave prompt_lookup at 0")  # fmt: skip
 
 
 @dataclass

@@ -21,10 +21,11 @@ from lightship.sampling import log_softmax
 from lightship.targets import _onnx_encoder, _onnx_seq2seq, _onnx_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._sequential import BATCHING as BATCHING
-from lightship.targets._sequential import Request, Sequential
+from lightship.targets._sequential import Request, Sequential, refuse_lookup
 from lightship.targets._tracing import tracing
 
 EXTRA = "build"
+TUNABLE = ("threads", "max_batched_tokens")  # what `tune` may try
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"  # protobuf ends at 2 GB, so weights always lie beside the graph
 PAST, PRESENT, KEEP = "input.past_key_values", "output.past_key_values", "logits_to_keep"
@@ -454,5 +455,7 @@ def preload() -> None:
 
 def open(folder: Path, settings: EngineSettings | None = None) -> OnnxEngine | Seq2SeqEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
-    pair = _pair(folder, settings or EngineSettings())
-    return OnnxEngine(folder, settings or EngineSettings()) if pair is None else Seq2SeqEngine(pair, folder)
+    settings = settings or EngineSettings()
+    refuse_lookup(settings)
+    pair = _pair(folder, settings)
+    return OnnxEngine(folder, settings) if pair is None else Seq2SeqEngine(pair, folder)

@@ -23,6 +23,7 @@ from lightship.recipe import Precision
 from lightship.targets import _openvino_encoder, _openvino_grammar, _openvino_seq2seq, _openvino_weights
 from lightship.targets._openvino_decoder import OpenVINOEngine
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
+from lightship.targets._sequential import refuse_lookup
 from lightship.targets._tracing import tracing
 
 # openvino and nncf report to an analytics service as soon as they are imported, unless this package is missing; None is
@@ -31,6 +32,8 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXTRA = "build"
 NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
+TUNABLE = ("inference_precision", "kv_precision", "dynamic_quantisation_group", "max_batched_tokens", "max_num_seqs",
+           "prefix_cache", "threads", "prompt_lookup")  # what `tune` may try  # fmt: skip
 GRAPH = "openvino_model.xml"
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
@@ -324,10 +327,11 @@ def preload() -> None:
 
 def open(folder: Path, settings: EngineSettings | None = None) -> OpenVINOEngine | Seq2SeqEngine:
     """Load `folder` for generation. Raises `SourceError` when it holds no graph."""
-    if _is_pair(folder):
-        return Seq2SeqEngine(_open_pair(folder, settings or EngineSettings()), folder)
-    _check_graph(folder)
     settings = settings or EngineSettings()
+    if _is_pair(folder):
+        refuse_lookup(settings)
+        return Seq2SeqEngine(_open_pair(folder, settings), folder)
+    _check_graph(folder)
     return OpenVINOEngine(folder, settings, properties(folder, settings))
 
 

@@ -1,0 +1,1 @@
+"""A budget, and the best that is found within it."""

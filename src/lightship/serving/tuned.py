@@ -1,0 +1,68 @@
+"""What `lightship tune` found out about a bundle, as the server uses it: engine settings, and figures to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightship import tuning
+from lightship.bundle import Bundle
+from lightship.machine import machine
+from lightship.report import Metric, Report
+from lightship.serving.settings import ServeSettings
+from lightship.tuning import Entry
+
+UNMEASURED = "unmeasured here"
+SHOWN = ("prefill", "decode", "batch1", "batch32", "load", "peak_rss", "kld", "cosine_loss", "top1")
+
+
+def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None]) -> ServeSettings:
+    """`settings` with what was tuned for the bundle at `path` on this machine, in place of defaults only: what is given
+    by hand stays. Tells what it takes, and why it takes nothing from a file that lies there; never fails because of it.
+
+    The bundle need not be verified yet: its digest is what its manifest has.
+    """
+    if not settings.use_tuned or Bundle.stated_kind(path) != "decoder":
+        return settings
+    found = tuning.choose(path, Bundle.stated_digest(path), Bundle.stated_targets(path))
+    if found.said is not None:
+        say(found.said)
+    entry = found.entry
+    if entry is None or settings.target not in (None, entry.target):
+        return settings
+    return replace(settings, engine=entry.settings.on(settings.engine), target=entry.target, tuned=entry)
+
+
+def target_of(path: Path, settings: ServeSettings) -> str:
+    """The target that will serve the bundle at `path`, nothing verified."""
+    return settings.target or Bundle.stated_target(path)
+
+
+def facts(bundle: Bundle, settings: ServeSettings) -> dict[str, Any]:
+    """What /v1/models says of a bundle beside OpenAI's fields: precision, target, signature, and what was measured on
+    this machine, by `tune` or when the bundle was made; what was measured elsewhere is not shown."""
+    return {
+        "precision": bundle.manifest.get("recipe", {}).get("precision", {}).get("name"),
+        "target": settings.target or bundle.targets[0],
+        "signature": "unsigned",  # signing is not there yet
+        "measured": _measured(bundle, settings.tuned) or UNMEASURED,
+    }
+
+
+def _measured(bundle: Bundle, entry: Entry | None) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    if (report := bundle.report).meta.get("machine") == machine():
+        found["bundle"] = _figures(report)
+    if entry is not None and entry.bundle == bundle.digest:
+        found["tuned"] = {
+            "workload": entry.workload.said(), "settings": tuning.label(entry.target, entry.settings),
+            **entry.figures.model_dump(), "kld": entry.kld, "limit_kld": entry.limit_kld, "created": entry.created,
+        }  # fmt: skip
+    return found or None
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    shown: list[Metric] = [metric for metric in report.metrics if metric.name in SHOWN]
+    return {metric.name: {"value": metric.value, "unit": metric.unit, "n": metric.n} for metric in shown}

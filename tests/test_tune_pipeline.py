@@ -1,0 +1,201 @@
+"""`tune` on the tiny bundle: real engines in processes of their own, real golden rows, and what `serve` makes of it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from lightship import tune_pipeline, tuning
+from lightship.bundle import Bundle
+from lightship.cli import cli
+from lightship.engine import EngineSettings
+from lightship.errors import LimitExceeded, UnsupportedError, UsageError
+from lightship.search.settings import Candidate, Failed
+from lightship.serving.server import Serving, running
+from lightship.serving.settings import ServeSettings
+from lightship.serving.tuned import facts, with_tuned
+from lightship.tune_pipeline import Processes, dimensions, tune
+from lightship.tuning import Chosen, Workload, place
+from tests.test_tuning import entry
+
+LOAD = Workload(clients=2, tokens_in=40, tokens_out=8)
+START = Candidate("openvino", Chosen())
+
+
+@pytest.fixture
+def bundle(bundle_path, tmp_path):
+    """A copy, next to which a test may write."""
+    return Bundle.open(shutil.copytree(bundle_path, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two dimensions are enough to see how it works; each candidate takes a second."""
+
+    def some(*_):
+        return [lambda best: [best.with_(max_batched_tokens=256)], lambda best: [best.with_(kv_precision="u8")]]
+
+    monkeypatch.setattr(tune_pipeline, "dimensions", some)
+
+
+def processes(bundle, load=LOAD):
+    return Processes(bundle, load, 1e-4, ends=1e18, timeout=120)
+
+
+def test_from_the_command_line_to_a_served_model(bundle, few):
+    load = ["--clients", "2", "--in", "40", "--out", "8", "--budget", "0.2"]
+    done = CliRunner().invoke(cli, ["tune", str(bundle.folder), *load, "--json"])
+    assert done.exit_code == 0, done.output
+    found = tuning.read(place(bundle.folder))[0]
+    assert found.bundle == bundle.digest and found.workload == LOAD and len(found.rows) == 3
+    assert json.loads(done.stdout)["bundle"] == bundle.digest
+    winner = next(row for row in found.rows if row.verdict.startswith("winner"))
+    assert (winner.settings, winner.kld) == (found.settings, found.kld) and 0 <= abs(found.kld) < 1e-4
+    Bundle.open(bundle.folder)  # nothing of it is in the bundle
+    said = []
+    settings = with_tuned(bundle.folder, ServeSettings(keys=None), said.append)
+    assert settings.engine == found.settings.on(EngineSettings()) and settings.tuned == found
+    assert said == [f"settings tuned here for {LOAD.said()}: {tuning.label(found.target, found.settings)}"]
+
+
+@pytest.mark.parametrize("worse", [{"kv_precision": "u8"}, {"inference_precision": "bf16", "kv_precision": "bf16"}])
+def test_a_worse_precision_breaks_the_limit(bundle, worse):
+    """Really: a bundle of float32 keeps 1e-4, which an 8-bit cache or bf16 arithmetic do not."""
+    trials = processes(bundle)
+    assert trials.judge(START).problem is None
+    found = trials.judge(START.with_(**worse))
+    assert found.problem is not None and "exceeds" in found.problem
+
+
+def test_what_breaks_the_limit_does_not_win_however_fast(bundle, monkeypatch, few):
+    """Speed is seeded here, quality is measured."""
+    real = Processes.load
+
+    def seeded(self, candidate, slowest=None):
+        found = real(self, candidate, None)
+        return found.model_copy(update={"tokens_per_second": 1e6 if candidate.settings.kv_precision == "u8" else 100.0})
+
+    monkeypatch.setattr(Processes, "load", seeded)
+    found = tune(bundle.folder, LOAD, budget=60)
+    assert found.settings == Chosen()
+    (rejected,) = (row for row in found.rows if row.settings.kv_precision == "u8")
+    assert rejected.verdict.startswith("rejected: ") and "exceeds" in rejected.verdict
+
+
+def test_a_bundle_that_breaks_its_own_limit_here(bundle, monkeypatch, few):
+    monkeypatch.setattr(
+        Processes, "judge", lambda self, candidate: tune_pipeline.Judgement(1.0, 1.0, "mean KLD 1 exceeds 1e-4")
+    )
+    with pytest.raises(LimitExceeded, match="breaks its own limit"):
+        tune(bundle.folder, LOAD, budget=5)
+    assert not place(bundle.folder).exists()
+
+
+def test_settings_that_the_engine_refuses_are_a_failed_candidate(bundle):
+    trials = processes(bundle)
+    trials.prepare(START)
+    with pytest.raises(Failed):
+        trials.load(START.with_(inference_precision="bf16", kv_precision="f32"))
+    assert trials.load(START, slowest=1e9) is None  # and one that is too slow is stopped
+
+
+def test_prompt_lookup_is_tried_for_tasks_that_copy_only(bundle):
+    def tried(task):
+        found = [dimension(START) for dimension in dimensions(bundle, LOAD.model_copy(update={"task": task}))]
+        return {candidate.settings.prompt_lookup for candidates in found for candidate in candidates}
+
+    assert tried("text") == {0} and max(tried("copy")) > 0
+
+
+def test_each_target_is_tried_with_what_it_heeds(bundle, monkeypatch):
+    """A bundle with two targets; ONNX Runtime has no precision to choose, and no prompt lookup."""
+    monkeypatch.setattr(Bundle, "targets", ["openvino", "onnx"])
+    monkeypatch.setattr(Bundle, "target_folder", lambda self, name: self.folder / "targets" / "openvino")
+    first, *rest = dimensions(bundle, LOAD.model_copy(update={"task": "copy"}))
+    assert first(START) == [Candidate("onnx", Chosen())]
+    found = [candidate.settings for dimension in rest for candidate in dimension(Candidate("onnx", Chosen()))]
+    usual = dict(Chosen())
+    changed = {name for settings in found for name, value in settings if value != usual[name]}
+    assert changed == {"threads", "max_batched_tokens"}
+
+
+def test_what_cannot_be_tuned_is_said(bundle, monkeypatch):
+    with pytest.raises(UsageError, match="exceed the context"):
+        tune(bundle.folder, LOAD.model_copy(update={"tokens_in": 5000}))
+    with pytest.raises(UsageError, match="copy"):
+        tune(bundle.folder, LOAD.model_copy(update={"task": "copy", "shared": 0.5}))
+    monkeypatch.setattr(Bundle, "kind", "embedder")
+    with pytest.raises(UnsupportedError, match="of kind embedder"):
+        tune(bundle.folder, LOAD)
+
+
+# ── As the server uses it ───────────────────────────────────────────────────
+
+
+def put(bundle, **changes):
+    return tuning.write(bundle.folder, entry(bundle=bundle.digest, **changes))
+
+
+def test_by_hand_wins_and_untuned_ignores(bundle):
+    put(bundle, settings=Chosen(threads=1, max_num_seqs=8))
+    by_hand = with_tuned(bundle.folder, ServeSettings(engine=EngineSettings(threads=2)), lambda line: None)
+    assert (by_hand.engine.threads, by_hand.engine.max_num_seqs) == (2, 8)
+    given = ServeSettings(use_tuned=False)
+    assert with_tuned(bundle.folder, given, pytest.fail) is given
+
+
+def test_a_damaged_file_changes_nothing_but_is_told(bundle):
+    place(bundle.folder).write_text("{")
+    said, given = [], ServeSettings()
+    assert with_tuned(bundle.folder, given, said.append) is given
+    assert len(said) == 1 and "damaged" in said[0]
+
+
+def test_tuned_settings_do_not_share_the_prefix_cache_between_keys(bundle, tmp_path):
+    from lightship.serving.keys import KeyFile
+
+    put(bundle, settings=Chosen(prefix_cache=True))
+    file = KeyFile(tmp_path / "keys.json")
+    file.create("one")
+    settings = with_tuned(bundle.folder, ServeSettings(keys=file.path), lambda line: None)
+    with Serving(settings, "127.0.0.1", 0) as serving:
+        assert serving.settings.tuned is not None and not serving.settings.engine.prefix_cache
+
+
+def test_the_card_shows_what_was_measured_here(bundle):
+    put(bundle, settings=Chosen(max_batched_tokens=256, prompt_lookup=3))
+    with running(bundle, settings=ServeSettings(keys=None)) as url:
+        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a b a b a", "max_tokens": 8}, timeout=60)
+    assert answer.status_code == 200
+    assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "lightship")
+    assert (card["digest"], card["precision"], card["target"], card["signature"]) == (
+        bundle.digest, "fp32", "openvino", "unsigned")  # fmt: skip
+    assert card["measured"]["tuned"]["tokens_per_second"] == 10.0
+    assert card["measured"]["tuned"]["settings"] == "openvino, max_batched_tokens 256, prompt_lookup 3"
+    assert card["measured"]["bundle"]["decode"]["unit"] == "tokens/s"  # this machine made it
+
+
+def test_figures_of_another_machine_are_not_shown(bundle, monkeypatch):
+    from lightship.serving import tuned
+
+    monkeypatch.setattr(tuned, "machine", lambda: {"cpu": "another"})
+    assert facts(bundle, ServeSettings())["measured"] == "unmeasured here"
+    other = entry(bundle="cd" * 32)  # nor those of another bundle
+    assert facts(bundle, replace(ServeSettings(), tuned=other))["measured"] == "unmeasured here"
+
+
+def test_serve_says_what_it_uses(bundle):
+    """The line on standard error, of the command itself."""
+    put(bundle, settings=Chosen(max_batched_tokens=256))
+    command = [sys.executable, "-m", "lightship", "serve", str(bundle.folder), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert "max_batched_tokens 256" in process.stderr.readline()
+        finally:
+            process.kill()
