@@ -11,26 +11,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightship.bundle import Bundle
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.kind import Kind
 from lightship.serving.auth import check_exposure, check_tls, shares_prefix_cache
+from lightship.serving.fleet import Fleet, open_engine
 from lightship.serving.keys import KeyFile, KeyRing
+from lightship.serving.placement import places
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
-from lightship.serving.ticket import Limits
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from lightship.serving.app import Served
-    from lightship.serving.front import Front
-
 log = logging.getLogger("lightship.serving")
-UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -59,6 +56,7 @@ class Serving:
         check_exposure(host, self.keys, self.tls, settings.behind_proxy)
         shared = settings.engine.prefix_cache and shares_prefix_cache(self.keys, settings.share_prefix_cache)
         self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared))
+        self.places = places(settings.workers, settings.cores)
         self._open = contextlib.ExitStack()
         try:
             self.bound = self._open.enter_context(bind(host, port))
@@ -79,65 +77,41 @@ class Serving:
         """Where it is served."""
         return url_of(self.bound, self.tls)
 
-    def server(self, bundle: Bundle, engine: Supervisor | None) -> tuple[uvicorn.Server, FastAPI]:
+    def engine(self, target: str) -> Supervisor | Fleet:
+        """What will generate with `target`; nothing is started yet."""
+        return open_engine(target, self.settings.engine, self.settings.care, self.places)
+
+    def server(self, bundle: Bundle, engine: Supervisor | Fleet | None) -> tuple[uvicorn.Server, FastAPI]:
         """The server of `bundle`: of a decoder with `engine`, which loads while this process imports the web
         framework."""
-        return self._decoder(bundle, engine) if engine is not None else self._encoder(bundle)
-
-    def _decoder(self, bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI]:
-        target, folder = bundle.targets[0], bundle.target_folder(bundle.targets[0])
-        engine.load(folder)
-        from lightship.serving import openai
-        from lightship.serving.front import Front
-        from lightship.serving.grammar import Grammars
-        from lightship.serving.model import ServedModel
-        from lightship.serving.scoring import Scoring
-
-        settings = self.settings
-        model = ServedModel.load(bundle.name, bundle.digest, folder, settings.engine)
-        model = replace(model, context=min(model.context, settings.max_context or model.context))
-        grammars = Grammars(target, folder)
-        scoring = Scoring(target, folder, settings.engine) if settings.scoring else None
-        capacity = Limits(blocks=UNKNOWN, max_concurrent=settings.max_concurrent)
-        front = Front(settings, self.keys, model.name, model.context, capacity, bundle.report)
-
-        def add_routes(app: FastAPI) -> None:
-            openai.add_routes(
-                app, engine, model, lambda: engine.stats.get("batching"), grammars, scoring, front.admission
-            )
-
-        return self._listening(engine, add_routes, front, [grammars, *([scoring] if scoring else [])])
-
-    def _encoder(self, bundle: Bundle) -> tuple[uvicorn.Server, FastAPI]:
-        """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
-        from lightship.serving.batcher import Batcher
-        from lightship.serving.encoder import ServedEncoder, add_routes, capacity
-        from lightship.serving.front import Front
-
-        target, settings = bundle.targets[0], self.settings
-        batcher = Batcher(target, bundle.target_folder(target), settings.engine)
-        model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder)
-        front = Front(settings, self.keys, model.name, model.context, capacity(model.context), bundle.report)
-        return self._listening(batcher, lambda app: add_routes(app, batcher, model, front.admission), front)
-
-    def _listening(
-        self, engine: Served, add_routes: Callable[[FastAPI], None], front: Front, beside: Any = ()
-    ) -> tuple[uvicorn.Server, FastAPI]:
+        if engine is not None:
+            engine.load(bundle.target_folder(bundle.targets[0]))
         import uvicorn
 
-        from lightship.serving.app import create_app
+        from lightship.serving import admin
+        from lightship.serving.app import create_shell
+        from lightship.serving.deployment import Maker, kind_of
         from lightship.serving.draining import DrainingServer
+        from lightship.serving.front import Front, learn
+        from lightship.serving.reload import Reloader
+        from lightship.serving.slot import Slot, Switch
 
-        app = create_app(
-            engine,
-            add_routes,
-            beside,
-            loaded=lambda: front.loaded(engine.stats),
+        settings, name, slot = self.settings, self.settings.name or bundle.name, Slot()
+        kind = kind_of(bundle, engine, settings, name)
+        front = Front(settings, self.keys, name, kind.model.context)
+        shell = create_shell(
+            slot,
+            loaded=lambda: learn(slot.current.admission, slot.stats),
             around=lambda: front.open(self.metrics),
             stopping=lambda: front.door.closing,
         )
-        config = uvicorn.Config(front.stand_before(app, engine), **front.listening)
-        return DrainingServer(config, front.door, engine.close, self.settings.drain), app
+        maker = Maker(settings, self.places, name, front, shell, slot)
+        reloader = Reloader(slot, maker, lambda: front.door.closing)
+        maker.also = lambda app: admin.add_routes(app, reloader)
+        slot.current = maker.deployment(kind)
+        shell.add_middleware(Switch, slot=slot)
+        stood = front.stand_before(shell, slot, slot.snapshot, slot.engines)
+        return DrainingServer(uvicorn.Config(stood, **front.listening), front.door, slot.close, settings.drain), shell
 
 
 def url_of(bound: socket.socket, tls: bool = False) -> str:
@@ -164,7 +138,7 @@ def serve(
         _refuse_unserved(Bundle.stated_kind(path))
         engine = None
         if Bundle.stated_kind(path) == "decoder":
-            engine = Supervisor(Bundle.stated_target(path), serving.settings.engine, serving.settings.care)
+            engine = serving.engine(Bundle.stated_target(path))
             engine.spawn()  # imports its runtime while the bundle is verified
         try:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -211,8 +185,7 @@ def running(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _refuse_unserved(opened.kind)
     with Serving(settings or ServeSettings(keys=None), host, port) as serving:
-        chosen = serving.settings
-        engine = Supervisor(opened.targets[0], chosen.engine, chosen.care) if opened.kind == "decoder" else None
+        engine = serving.engine(opened.targets[0]) if opened.kind == "decoder" else None
         server, _ = serving.server(opened, engine)
         with in_thread(server, serving.bound, serving.url):
             yield serving.url
