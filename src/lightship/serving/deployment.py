@@ -170,9 +170,14 @@ class Deployment:
         """What it serves."""
         return self.kind.bundle
 
+    @property
+    def folder(self) -> str:
+        """Where the bundle lies."""
+        return str(self.bundle.folder.absolute())
+
     def described(self) -> dict[str, Any]:
         """For /admin/deployments."""
-        return {"bundle": str(self.bundle.folder), "digest": self.bundle.digest, "ready": self.engine.ready,
+        return {"bundle": self.folder, "digest": self.bundle.digest, "ready": self.engine.ready,
                 "requests": self.inside, "restarts": self.engine.restarts}  # fmt: skip
 
     async def close(self) -> None:

@@ -88,8 +88,7 @@ class Reloader:
         return self.last
 
     def _failed(self, why: str) -> ReloadFailed:
-        served = self._slot.current.bundle.folder
-        return ReloadFailed(f"{self._step} failed: {why}; {served} is served as before")
+        return ReloadFailed(f"{self._step} failed: {why}; {self._slot.current.folder} is served as before")
 
     @asynccontextmanager
     async def _at(self, step: str) -> AsyncIterator[None]:

@@ -55,7 +55,7 @@ class Slot:
     def shift(self, new: Deployment) -> None:
         """Serve `new`, which is ready, from the next request on; the old one ends when its requests have."""
         old, self.current, self.coming = self.current, new, None
-        self.past = Past(str(old.bundle.folder), old.bundle.digest)
+        self.past = Past(old.folder, old.bundle.digest)
         self.shifts += 1
         self.retiring.add(old)
         task = asyncio.create_task(self._retire(old))
@@ -71,7 +71,7 @@ class Slot:
         await old.close()
         self._restarts += old.engine.restarts
         self.retiring.discard(old)
-        log.warning("the engine of %s has ended", old.bundle.folder)
+        log.warning("the engine of %s has ended", old.folder)
 
     # ── As one engine ───────────────────────────────────────────────────────
 
