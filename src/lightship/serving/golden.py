@@ -52,6 +52,8 @@ class Found:
     def check(self) -> None:
         """Raise `LimitExceeded` for a mean that is surely above the limit, by two standard errors, or not finite: the
         limit is for all positions, and these are some."""
+        if not math.isfinite(self.mean):
+            raise LimitExceeded(f"{self.what}: the bundle computes NaN or infinity on this machine")
         if not self.mean - 2 * self.stderr <= self.limit:
             raise LimitExceeded(f"{self.what} {self.mean:.3g} (± {self.stderr:.2g}, n = {len(self.values)}) "
                                 f"is above the bundle's limit {self.limit:g}")  # fmt: skip
