@@ -266,6 +266,28 @@ def test_one_that_cannot_be_loaded_is_an_error_of_all(tmp_path):
     asyncio.run(run())
 
 
+def test_it_is_ready_when_all_are_loaded_and_not_before(tmp_path):
+    """Else requests were let in before it is known what the caches hold."""
+    late = tmp_path / "late"
+    late.mkdir()
+    faults(late, load=1.5)
+
+    async def run():
+        fleet = Fleet("fake", EngineSettings(), QUICK, [Place()] * 2)
+        for engine, folder in zip(fleet.engines, (tmp_path, late), strict=True):
+            engine.load(folder)
+        starting = asyncio.create_task(fleet.start())
+        try:
+            await until(lambda: any(engine.ready for engine in fleet.engines))
+            assert not all(engine.ready for engine in fleet.engines) and not fleet.ready
+            await starting
+            assert fleet.ready
+        finally:
+            await fleet.close()
+
+    asyncio.run(run())
+
+
 # ── Where engines run ───────────────────────────────────────────────────────
 
 

@@ -4,8 +4,11 @@ import os
 
 import pytest
 
-from lightship.errors import UsageError
+from lightship.engine import EngineSettings
+from lightship.errors import UnsupportedError, UsageError
 from lightship.serving.placement import Place, listed, parsed, places
+from lightship.serving.server import Serving
+from lightship.serving.settings import ServeSettings
 
 
 def machine(folder, nodes, siblings=()):
@@ -88,3 +91,21 @@ def test_lists_of_cores_are_read_and_written_as_the_kernel_does():
 def test_the_machine_that_runs_this_has_a_place():
     found = places("auto")
     assert len(found) >= 1 and all(place.cores is None or place.cores <= os.sched_getaffinity(0) for place in found)
+
+
+def test_a_quota_is_kept_by_all_that_a_server_computes_with(monkeypatch, tmp_path):
+    monkeypatch.setattr("lightship.serving.placement.cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    for asked, threads in ((None, 1), (3, 3)):
+        settings = ServeSettings(keys=None, engine=EngineSettings(threads=asked))
+        with Serving(settings, "127.0.0.1", 0) as serving:
+            assert serving.settings.engine.threads == threads
+            assert serving.engine("fake")._settings.threads == threads
+
+
+def test_an_encoder_has_one_engine():
+    with (
+        Serving(ServeSettings(keys=None, cores=("0",)), "127.0.0.1", 0) as serving,
+        pytest.raises(UnsupportedError, match="an encoder is served by one engine"),
+    ):
+        serving.server(None, None)

@@ -306,6 +306,37 @@ def test_a_server_that_ends_while_an_old_bundle_still_answers_ends_that_too(firs
     wait_for(lambda: set(worker_pids()) <= before)
 
 
+def test_requests_that_never_end_do_not_keep_an_old_bundle_for_ever(first, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightship.serving.slot.RETIRING", 0.5)
+    before = set(worker_pids())
+    with served(first) as url:
+        (pid,) = set(worker_pids()) - before
+        body = {"prompt": "a", "max_tokens": 1_000_000, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert change(url, fake_bundle(tmp_path / "second").folder).status_code == 200
+            *_, last, done = [line for line in lines if line]
+        assert json.loads(last[6:])["error"]["code"] == "unavailable" and done == "data: [DONE]"
+        wait_for(lambda: not psutil.pid_exists(pid))
+        assert ask(url) == ALPHABET
+
+
+def test_before_the_first_bundle_is_loaded_there_is_nothing_to_change(tmp_path):
+    slow = fake_bundle(tmp_path / "slow", load=1.5)
+    with Serving(ServeSettings(keys=None), "127.0.0.1", 0) as serving:
+        server, _ = serving.server(slow, serving.engine("fake"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [serving.bound]}, daemon=True)
+        thread.start()
+        try:
+            refused = change(serving.url, slow.folder)
+            assert refused.status_code == 409 and refused.json()["error"]["code"] == "loading"
+            wait_for(lambda: httpx.get(f"{serving.url}/readyz").status_code == 200)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
 # ── Who may ─────────────────────────────────────────────────────────────────
 
 

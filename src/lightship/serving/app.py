@@ -74,7 +74,8 @@ def create_app(
     """The API in front of `engine`, and what runs `beside` it, in one app; nothing guards it yet, see `front`. The
     parameters are those of `create_shell`."""
     app = create_shell(engine, loaded, around, stopping, beside)
-    _furnish(app, engine, add_routes)
+    _health(app, engine)
+    add_routes(app)
     return app
 
 
@@ -82,7 +83,9 @@ def create_routes(shell: FastAPI, engine: Served, add_routes: Callable[[FastAPI]
     """An app of routes that lives in `shell`, one of several perhaps."""
     app = FastAPI(title="lightship", docs_url=None, redoc_url=None)
     app.state = shell.state
-    _furnish(app, engine, add_routes)
+    errors.install(app)
+    _health(app, engine)
+    add_routes(app)
     return app
 
 
@@ -123,13 +126,8 @@ def create_shell(
 
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.failure, app.state.ready, app.state.stopping = None, lambda: engine.ready, stopping
-    return app
-
-
-def _furnish(app: FastAPI, engine: Served, add_routes: Callable[[FastAPI], None]) -> None:
     errors.install(app)
-    _health(app, engine)
-    add_routes(app)
+    return app
 
 
 def _health(app: FastAPI, engine: Served) -> None:

@@ -116,6 +116,7 @@ class Fleet:
         self._by_prefix = settings.prefix_cache  # else it would help nobody
         self._pulse = asyncio.Event()
         self._moving = 0  # seats that wait for room elsewhere
+        self._begun = False
         self.changed: Callable[[], None] = lambda: None  # called when there may be more room than before
         for engine in self.engines:
             engine.changed = self.tell
@@ -130,8 +131,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether any takes requests."""
-        return any(engine.ready for engine in self.engines)
+        """Whether any takes requests; none does before all have been loaded, since only then all is known."""
+        return self._begun and any(engine.ready for engine in self.engines)
 
     @property
     def live(self) -> bool:
@@ -189,6 +190,8 @@ class Fleet:
     async def start(self) -> None:
         """Wait until all are loaded. Raises the `EngineError` of the first that cannot be."""
         await asyncio.gather(*(engine.start() for engine in self.engines))
+        self._begun = True
+        self.tell()
 
     async def close(self) -> None:
         """See `Supervisor.close`."""
@@ -219,9 +222,8 @@ class Fleet:
 
     def seat(self, ticket: Ticket, limits: Limits) -> Seat:
         """A seat for `ticket`, for which there must be room."""
-        demand = ticket.demand
-        marks = demand.prefix.marks if self._by_prefix and demand.prefix is not None else ()
-        member = self._best(ticket.blocks, demand.sequences, limits, marks)
+        marks = self._marks(ticket)
+        member = self._best(ticket.blocks, ticket.demand.sequences, limits, marks)
         member.learn(marks)
         return Seat(self, ticket, member, limits)
 
@@ -250,7 +252,12 @@ class Fleet:
                    if member.engine.ready and member.has_room(blocks, sequences, seat.limits)]  # fmt: skip
         if fitting:
             seat.move(min(fitting, key=_Member.load))
+            seat.member.learn(self._marks(seat.ticket))
         return bool(fitting)
+
+    def _marks(self, ticket: Ticket) -> Sequence[int]:
+        prefix = ticket.demand.prefix
+        return prefix.marks if self._by_prefix and prefix is not None else ()
 
     async def _until(self, condition: Callable[[], bool], timeout: float) -> None:
         try:

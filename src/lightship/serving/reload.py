@@ -66,13 +66,16 @@ class Reloader:
         if self._step is not None:
             raise RequestError(f"another change of the bundle is under way ({self._step}); try again when it has ended",
                                code="reload_running", status=409)  # fmt: skip
+        if not self._slot.begun:
+            raise RequestError("the first bundle is still being loaded", code="loading", status=409)
         self._step, self._steps = "begin", []
         changing = asyncio.create_task(change())
         try:
-            while not changing.done():
+            while not changing.done() and not self._stopping():
                 await asyncio.wait({changing}, timeout=0.1)
-                if self._stopping():
-                    changing.cancel()
+            if not changing.done():
+                changing.cancel()
+                await asyncio.wait({changing})  # it ends the engine that it began
             self.last = await changing
         except asyncio.CancelledError:
             if not changing.done():  # it is this that was cancelled

@@ -19,7 +19,7 @@ from lightship.kind import Kind
 from lightship.serving.auth import check_exposure, check_tls, shares_prefix_cache
 from lightship.serving.fleet import Fleet, open_engine
 from lightship.serving.keys import KeyFile, KeyRing
-from lightship.serving.placement import places
+from lightship.serving.placement import listed, places
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
 
@@ -55,13 +55,15 @@ class Serving:
         self.tls = check_tls(settings.tls_cert, settings.tls_key)
         check_exposure(host, self.keys, self.tls, settings.behind_proxy)
         shared = settings.engine.prefix_cache and shares_prefix_cache(self.keys, settings.share_prefix_cache)
-        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared))
         self.places = places(settings.workers, settings.cores)
+        asked = settings.engine.threads
+        threads = self.places[0].threads if asked is None and len(self.places) == 1 else asked  # also of what is beside
+        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared, threads=threads))
         self._open = contextlib.ExitStack()
         try:
             self.bound = self._open.enter_context(bind(host, port))
-            asked = settings.metrics_port
-            self.metrics = None if asked is None else self._open.enter_context(bind(host, asked))
+            port_asked = settings.metrics_port
+            self.metrics = None if port_asked is None else self._open.enter_context(bind(host, port_asked))
         except BaseException:
             self._open.close()
             raise
@@ -84,6 +86,9 @@ class Serving:
     def server(self, bundle: Bundle, engine: Supervisor | Fleet | None) -> tuple[uvicorn.Server, FastAPI]:
         """The server of `bundle`: of a decoder with `engine`, which loads while this process imports the web
         framework."""
+        if engine is None and (len(self.places) > 1 or self.places[0].cores is not None):
+            raise UnsupportedError("an encoder is served by one engine, in the server's own process",
+                                   hint="leave --workers and --cores out")  # fmt: skip
         if engine is not None:
             engine.load(bundle.target_folder(bundle.targets[0]))
         import uvicorn
@@ -147,6 +152,10 @@ def serve(
                 engine.kill()
             raise
         progress(f"{opened.name} is intact; loading")
+        for number, place in enumerate(serving.places, 1):
+            if place.cores is not None:
+                threads = serving.settings.engine.threads or place.threads
+                progress(f"engine {number}: cores {listed(place.cores)}, {threads} threads")
         server, app = serving.server(opened, engine)
         watching = threading.Thread(target=_watch, args=(server, app, serving.url, progress), daemon=True)
         watching.start()

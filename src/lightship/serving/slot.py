@@ -33,13 +33,12 @@ class Slot:
 
     current: Deployment  # is put there before anything is asked
 
-    def __init__(self, retiring: float = RETIRING) -> None:
-        """`retiring`: seconds, see `RETIRING`."""
+    def __init__(self) -> None:
+        self.begun = False  # whether the first bundle was loaded
         self.coming: Deployment | None = None
         self.retiring: set[Deployment] = set()
         self.past: Past | None = None
         self.shifts = 0
-        self._patience = retiring
         self._ending: set[asyncio.Task[None]] = set()
         self._restarts = 0  # of those that are gone
 
@@ -63,11 +62,11 @@ class Slot:
         task.add_done_callback(self._ending.discard)
 
     async def _retire(self, old: Deployment) -> None:
-        latest = time.monotonic() + self._patience
+        latest = time.monotonic() + RETIRING
         while old.inside and time.monotonic() < latest:
             await asyncio.sleep(0.05)
         if old.inside:
-            log.warning("%d requests of the bundle before are cut off after %.0f s", old.inside, self._patience)
+            log.warning("%d requests of the bundle before are cut off after %.0f s", old.inside, RETIRING)
         await old.close()
         self._restarts += old.engine.restarts
         self.retiring.discard(old)
@@ -130,6 +129,7 @@ class Slot:
     async def start(self) -> None:
         """Load the first bundle."""
         await self.current.engine.start()
+        self.begun = True
 
     async def close(self) -> None:
         """End all processes."""
