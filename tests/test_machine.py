@@ -97,11 +97,11 @@ FINE = {"cpu": "x", "cores": 8, "features": ["avx2", "avx512f", "amx_bf16"], "cp
 @pytest.mark.parametrize(
     ("finding", "says"),
     [
-        ({"cpu_quota": 2.5}, "--threads 2"),
+        ({"cpu_quota": 2.5}, "2 threads"),
         ({"features": []}, "no AVX2"),
         ({"features": ["avx2"]}, "no AVX-512"),
         ({"features": ["avx2", "avx512f", "avx512_bf16"]}, "bf16 without AMX"),
-        ({"numa_nodes": 2}, "numactl"),
+        ({"numa_nodes": 2}, "--workers auto"),
         ({"memory_limit_gb": 8.0}, "8.0 of 64.0 GB"),
         ({"missing": {"build": ["torch"]}}, "cannot build: torch"),
     ],

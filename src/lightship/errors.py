@@ -10,6 +10,7 @@ LightshipError
 ├── UnsupportedError      known, and not possible here               exit 2   HTTP 400
 ├── MissingExtra          a package of an extra is not installed     exit 2
 ├── LimitExceeded         a measured figure is above its limit       exit 1
+├── ReloadFailed          another bundle could not take over         exit 1   HTTP 400
 ├── BundleError           a bundle is not what it was                exit 1
 │   ├── IncompleteBundle
 │   └── TamperedBundle
@@ -90,6 +91,14 @@ class LimitExceeded(LightshipError):
     """A measured figure is above its limit; nothing is shipped."""
 
     exit_code = 1
+
+
+class ReloadFailed(LightshipError):
+    """A running server could not change to another bundle, and serves the one it had."""
+
+    exit_code = 1
+    http_status = 400
+    code = "reload_failed"
 
 
 class BundleError(LightshipError):

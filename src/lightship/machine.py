@@ -219,7 +219,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     quota, cores = found["cpu_quota"], found["cores"]
     if quota is not None and quota < cores:
         said.append(f"the control group grants {quota:g} of {cores} cores: more of them stand still in turns; "
-                    f"serve with --threads {max(1, int(quota))}")  # fmt: skip
+                    f"`lightship serve` computes with {max(1, int(quota))} threads")  # fmt: skip
     if "avx2" not in features and found["cpu"]:
         said.append("no AVX2: expect a fraction of the usual speed")
     elif "avx512f" not in features:
@@ -229,7 +229,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     elif "amx_bf16" not in features:
         said.append("bf16 without AMX: long prompts and many clients are slower than on processors that have AMX")
     if (found["numa_nodes"] or 1) > 1:
-        said.append(f"{found['numa_nodes']} NUMA nodes: pin a server to one (numactl --cpunodebind=0 --membind=0)")
+        said.append(f"{found['numa_nodes']} NUMA nodes: serve with --workers auto, one engine for each")
     bandwidth = found["memory_bandwidth_gb_s"]
     said.append(f"one client: a model of 1 GB cannot pass {bandwidth:.0f} tokens/s, since each token reads it once")
     limit = found["memory_limit_gb"]

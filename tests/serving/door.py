@@ -43,12 +43,16 @@ def served(folder, ring=None, limits=None, local=False, tls=(None, None), metric
     engine.load(folder)
     model = ServedModel.load("org/fake", "0" * 64, folder)
     capacity = Capacity(blocks=10**9, max_concurrent=64)
-    front = Front(settings, ring or KeyRing(None), model.name, model.context, capacity, Report(()))
-    app = create_app(engine, lambda app: routes.add_routes(app, engine, model, admission=front.admission),
+    front = Front(settings, ring or KeyRing(None), model.name, model.context)
+    admission = front.admission(capacity, Report(()))
+    app = create_app(engine, lambda app: routes.add_routes(app, engine, model, admission=admission),
                      around=lambda: front.open(metrics))  # fmt: skip
+    front.furnish(app)
     with bind("127.0.0.1", 0) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that a client which does not read is noticed
-        config = uvicorn.Config(front.stand_before(app, engine), **{**front.listening, "log_level": "critical"})
+        config = uvicorn.Config(
+            front.stand_before(app, engine, admission.snapshot), **{**front.listening, "log_level": "critical"}
+        )
         server = DrainingServer(config, front.door, engine.close, 2)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()

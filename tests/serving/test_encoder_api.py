@@ -220,3 +220,20 @@ with running({str(embedder[1])!r}) as url:
     print(len(httpx.post(url + "/v1/embeddings", json={{"input": "Hello"}}, timeout=60).json()["data"][0]["embedding"]))
 """
     assert int(in_a_fresh_process(code)) == 64
+
+
+def test_an_encoder_changes_without_downtime_to_one_of_its_kind(embedder, classifier):
+    """By the route of the server, its golden rows compared; what asks other routes is refused."""
+    _, bundle, url = embedder
+
+    def vector():
+        return httpx.post(f"{url}/v1/embeddings", json={"input": TEXTS[1]}).json()["data"][0]["embedding"]
+
+    before = vector()
+    changed = httpx.post(f"{url}/admin/reload", json={"bundle": str(bundle)}, timeout=60)
+    golden = changed.json()["golden"]
+    assert changed.status_code == 200 and golden["what"] == "1 − mean cosine" and 0 <= golden["mean"] < 1e-4
+    assert vector() == before
+    refused = httpx.post(f"{url}/admin/reload", json={"bundle": str(classifier[1])}, timeout=60)
+    assert refused.status_code == 400 and "is of the kind classifier, and embedder is served" in refused.text
+    assert vector() == before

@@ -10,6 +10,20 @@ import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Workers(click.ParamType):  # type: ignore[type-arg]
+    """A number of engines, or `auto`."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        return click.IntRange(1, 64).convert(value, param, ctx)
+
+
+WORKERS = Workers()
 SECONDS = click.FloatRange(min=0, min_open=True)
 
 
@@ -27,11 +41,16 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="With keys: computed work is shared between them. How fast an answer comes then tells "
                      "whether another asked the same before."),
         click.option("--kv-cache", default=1, show_default=True, type=click.IntRange(1, 1024),
-                     help="GiB for keys and values of what runs."),
+                     help="GiB for keys and values of what runs, of each engine."),
+        click.option("--workers", metavar="auto|N", type=WORKERS, default=1, show_default=True,
+                     help="Engines, each with the model, its cores and its KV cache; auto: one for each NUMA node."),
+        click.option("--cores", multiple=True, metavar="SET",
+                     help="The cores of an engine, such as 0-3,8-11; once for each engine, instead of --workers."),
+        click.option("--name", help="The model's name in the API (default: that of the first bundle)."),
         click.option("--max-context", type=click.IntRange(16), 
                      help="Tokens of prompt and answer (default: the model's)."),
         click.option("--max-concurrent", default=64, show_default=True, type=click.IntRange(1),
-                     help="Answers computed together at most."),
+                     help="Answers that each engine computes together at most."),
         click.option("--max-queue", default=256, show_default=True, type=click.IntRange(0), help="Requests that wait."),
         click.option("--max-body", default=2, show_default=True, type=click.IntRange(1, 8), help="MiB of a request."),
         click.option("--max-connections", default=500, show_default=True, type=click.IntRange(1),
@@ -51,7 +70,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
                      "(default: what it has when loaded, the KV cache and 2)."),
         click.option("--drain", default=30.0, show_default=True, type=click.FloatRange(min=0),
                      help="Seconds for what runs when the server is told to stop."),
-        click.option("--threads", type=click.IntRange(1), help="Threads of the engine (default: all cores)."),
+        click.option("--threads", type=click.IntRange(1), help="Threads of each engine (default: its cores)."),
         click.option("--untuned", is_flag=True, help="Ignore what `lightship tune` found out about BUNDLE here."),
         click.option("--metrics-port", type=click.IntRange(0, 65535), help="/metrics on a port of its own."),
         click.option("--vllm-names", is_flag=True, help="Export metrics under vLLM's names too."),
@@ -93,6 +112,9 @@ def _settings(**given: Any) -> Any:
     limit = given["max_memory"]
     return ServeSettings(
         engine=engine,
+        workers=given["workers"],
+        cores=given["cores"],
+        name=given["name"],
         use_tuned=not given["untuned"],
         keys=given["keys"] or usual_path(),
         tls_cert=given["tls_cert"],

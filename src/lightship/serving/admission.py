@@ -12,7 +12,7 @@ from typing import Literal
 
 from lightship.errors import Overloaded, RequestError, Timeout
 from lightship.serving.rates import KeyRates, Speed
-from lightship.serving.ticket import Demand, Limits, Observer, Ticket, until
+from lightship.serving.ticket import Demand, Limits, Observer, Seats, Ticket, until
 
 LONG = 1 / 8  # of the pool: a request that may need more is a long one
 LONG_TOGETHER = 3 / 4  # of the pool: what long ones hold together at most while shorter ones wait
@@ -69,11 +69,18 @@ class Admission:
         decode: float | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        seats: Seats | None = None,
+        rates: KeyRates | None = None,
     ) -> None:
-        """`prefill`, `decode`: tokens/s of one sequence to begin with, such as the bundle's report has them."""
+        """`prefill`, `decode`: tokens/s of one sequence to begin with, such as the bundle's report has them. `limits`
+        are those of each engine: with several, `seats` finds each request one; the queue is one. `rates`: what keys
+        have used, where that is to outlive this."""
         self.limits, self.now = limits, clock
         self._observer = observer
-        self._rates = KeyRates(clock)
+        self._seats = seats
+        if seats is not None:
+            seats.changed = self._fill
+        self._rates = rates or KeyRates(clock)
         self._prefill = Speed(prefill or GUESSED_PREFILL, half_life=4000)
         self._decode = Speed(decode or GUESSED_DECODE, half_life=1000)
         self._usual_output: float | None = None  # tokens of a sequence
@@ -85,8 +92,13 @@ class Admission:
     def snapshot(self) -> Snapshot:
         """The state now."""
         waiting = {key: len(queue) for key, queue in self._queues.items()}
-        return Snapshot(len(self._running), self._sequences, sum(waiting.values()), waiting, self.limits.blocks,
+        blocks = self._pools * self.limits.blocks
+        return Snapshot(len(self._running), self._sequences, sum(waiting.values()), waiting, blocks,
                         self._blocks, self._prefill.per_second, self._decode.per_second)  # fmt: skip
+
+    @property
+    def _pools(self) -> int:
+        return 1 if self._seats is None else self._seats.working
 
     async def enter(self, demand: Demand) -> Ticket:
         """Wait for a place. Raises `RequestError` for what never fits, `Overloaded` when the queue is full or too slow
@@ -215,7 +227,8 @@ class Admission:
 
     def _next(self) -> _Waiting | None:
         """The first in order that fits and that nobody before it holds up."""
-        if self._blocks == self.limits.blocks or self._sequences == self.limits.max_concurrent:
+        pools = self._pools
+        if self._blocks >= pools * self.limits.blocks or self._sequences >= pools * self.limits.max_concurrent:
             return None
         shorter_waits = any(not self._is_long(waiting.blocks) for waiting in self._in_order())
         now, passed, long_held = self.now(), list[_Waiting](), False
@@ -238,13 +251,20 @@ class Admission:
     def _obstacle(self, waiting: _Waiting, shorter_waits: bool) -> Literal["share", "room"] | None:
         if self._is_long(waiting.blocks) and self._long_blocks and shorter_waits:
             together = self._long_blocks + waiting.blocks
-            if together > LONG_TOGETHER * self.limits.blocks:
+            if together > LONG_TOGETHER * self._pools * self.limits.blocks:
                 return "share"
-        fits = self._blocks + waiting.blocks <= self.limits.blocks
-        return None if fits and self._sequences + waiting.demand.sequences <= self.limits.max_concurrent else "room"
+        return None if self._has_room(waiting.blocks, waiting.demand.sequences) else "room"
+
+    def _has_room(self, blocks: int, sequences: int) -> bool:
+        if self._seats is not None:
+            return self._seats.has_room(blocks, sequences, self.limits)
+        return (self._blocks + blocks <= self.limits.blocks
+                and self._sequences + sequences <= self.limits.max_concurrent)  # fmt: skip
 
     def _admit(self, waiting: _Waiting) -> None:
         ticket = Ticket(self, waiting.demand, waiting.blocks, waiting.arrived, self.now())
+        if self._seats is not None:
+            ticket.seat = self._seats.seat(ticket, self.limits)
         self._running.add(ticket)
         self._count(ticket, 1)
         self._served[ticket.demand.key] += ticket.demand.prompt
@@ -288,6 +308,8 @@ class Admission:
             self._usual_output = output if self._usual_output is None else 0.9 * self._usual_output + 0.1 * output
         if self._observer is not None:
             self._observer.finished(ticket)
+        if ticket.seat is not None:
+            ticket.seat.leave()
         self._fill()
 
     def _retry_after(self) -> int:

@@ -71,7 +71,32 @@ def create_app(
     around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
-    """The API in front of `engine`, and what runs `beside` it; nothing guards it yet, see `front`.
+    """The API in front of `engine`, and what runs `beside` it, in one app; nothing guards it yet, see `front`. The
+    parameters are those of `create_shell`."""
+    app = create_shell(engine, loaded, around, stopping, beside)
+    _health(app, engine)
+    add_routes(app)
+    return app
+
+
+def create_routes(shell: FastAPI, engine: Served, add_routes: Callable[[FastAPI], None]) -> FastAPI:
+    """An app of routes that lives in `shell`, one of several perhaps."""
+    app = FastAPI(title="lightship", docs_url=None, redoc_url=None)
+    app.state = shell.state
+    errors.install(app)
+    _health(app, engine)
+    add_routes(app)
+    return app
+
+
+def create_shell(
+    engine: Served,
+    loaded: Callable[[], None] = lambda: None,
+    around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    stopping: Callable[[], bool] = lambda: False,
+    beside: Sequence[Closes] = (),
+) -> FastAPI:
+    """An app without routes that starts `engine` and closes it, and then what runs `beside` it.
 
     `loaded` is called once the engine is ready, `around` is open as long as the app runs, `stopping` tells that it will
     soon end. `app.state.failure` is set when the engine cannot be loaded.
@@ -102,8 +127,6 @@ def create_app(
     app = FastAPI(title="lightship", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.failure, app.state.ready, app.state.stopping = None, lambda: engine.ready, stopping
     errors.install(app)
-    _health(app, engine)
-    add_routes(app)
     return app
 
 

@@ -37,6 +37,7 @@ TABLE: Mapping[type[LightshipError] | int, tuple[str, str | None, str]] = {
     404: (INVALID, "unknown_url", "No such route, or no such model"),
     405: (INVALID, "method_not_allowed", "The route has other methods"),
     408: (INVALID, "request_timeout", "The request did not arrive in time"),
+    409: (INVALID, "conflict", "Not now: something else is under way, or must come first"),
     413: (INVALID, "body_too_large", "The body is too large"),
     415: (INVALID, "unsupported_content_type", "The body is not application/json"),
     429: ("requests", "rate_limit_exceeded", "Too many requests now; Retry-After tells when to come again"),

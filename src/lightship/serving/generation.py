@@ -83,6 +83,11 @@ class Generation:
     produced: int = 0  # tokens computed for the answer, the end-of-text token not counted
     started: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def _place(self) -> Generates:
+        """The engine that its ticket was let in for."""
+        return self.engine if self.ticket is None or self.ticket.seat is None else self.ticket.seat
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices as they come. An engine that dies before the first is waited for, and asked once
         more; closing this early cancels what runs in it."""
@@ -96,7 +101,7 @@ class Generation:
         except EngineDied:
             if given:
                 raise
-        await self.engine.recovered(RECOVERY)
+        await self._place.recovered(RECOVERY)
         async with contextlib.aclosing(self._attempt()) as pieces:
             async for piece in pieces:
                 yield piece
@@ -109,7 +114,7 @@ class Generation:
             async with contextlib.aclosing(self._attempt()) as pieces:
                 return _joined([piece async for piece in pieces], len(self.prompts) * self.n)
 
-        return await once_more(everything, lambda: False, self.engine, RECOVERY)
+        return await once_more(everything, lambda: False, self._place, RECOVERY)
 
     async def _attempt(self) -> AsyncGenerator[Piece, None]:
         self.produced = 0
@@ -146,7 +151,7 @@ class Generation:
         text = TextStream(self.model.tokenizer, self.stops, hidden)
         shown = Shown(self.model.token_bytes, hidden) if params.logprobs else None
         finish = "stop"
-        generated = self.engine.generate(prompt, params)
+        generated = self._place.generate(prompt, params)
         watched = generated if self.ticket is None else self.ticket.watch(generated)
         async with contextlib.aclosing(watched) as events:
             async for event in events:

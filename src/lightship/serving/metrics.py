@@ -136,10 +136,12 @@ class Metrics:
         restarts: Callable[[], int] = lambda: 0,
         memory: Callable[[], int | None] = lambda: None,
         lines_dropped: Callable[[], int] = lambda: 0,
+        engines: Callable[[], tuple[int, int]] = lambda: (1, 1),
     ) -> None:
         """Read these whenever the metrics are asked for: the state of admission; the engine's `stats` (`cache_usage`,
-        0 … 1, where it tells it); how often it was restarted; its resident memory in bytes; log lines lost."""
-        self.registry.register(_Watched(self._model, snapshot, stats, restarts, memory, lines_dropped))
+        0 … 1, where it tells it); how often it was restarted; its resident memory in bytes; log lines lost; how many
+        engines there are, and how many of them are ready."""
+        self.registry.register(_Watched(self._model, snapshot, stats, restarts, memory, lines_dropped, engines))
 
     def exposition(self) -> tuple[bytes, str]:
         """Everything in Prometheus's text format 0.0.4, and its content type."""
@@ -171,13 +173,15 @@ class _Watched:
         restarts: Callable[[], int],
         memory: Callable[[], int | None],
         lines_dropped: Callable[[], int],
+        engines: Callable[[], tuple[int, int]],
     ) -> None:
         self._model, self._snapshot, self._stats = model, snapshot, stats
-        self._restarts, self._memory, self._lines_dropped = restarts, memory, lines_dropped
+        self._restarts, self._memory, self._lines_dropped, self._engines = restarts, memory, lines_dropped, engines
 
     def collect(self) -> Iterator[Metric]:
         """All of it now."""
         now, usage, memory = self._snapshot(), self._stats().get("cache_usage"), self._memory()
+        engines, ready = self._engines()
         yield self._gauge("num_requests_running", "Requests in the engine.", now.running)
         yield self._gauge("num_requests_waiting", "Requests in the queue.", now.waiting)
         yield self._by_key(now.waiting_by_key)
@@ -185,12 +189,14 @@ class _Watched:
                           now.sequences)  # fmt: skip
         yield self._gauge("kv_cache_usage_perc", "KV cache in use, 1 = all; NaN: the engine does not tell.",
                           math.nan if usage is None else usage)  # fmt: skip
-        yield self._gauge("kv_blocks", "Blocks of the KV cache.", now.blocks)
+        yield self._gauge("kv_blocks", "Blocks of the KV caches of all engines that are ready.", now.blocks)
         yield self._gauge("kv_blocks_reserved", "Blocks that running requests may need at most.", now.blocks_used)
         yield self._gauge("prefill_tokens_per_second", "Reading speed of a request, as measured.", now.prefill_speed)
         yield self._gauge("decode_tokens_per_second", "Writing speed of a sequence, as measured.", now.decode_speed)
-        yield self._gauge("engine_memory_bytes", "Resident memory of the engine process; NaN while there is none.",
+        yield self._gauge("engine_memory_bytes", "Resident memory of the engine processes; NaN while there are none.",
                           math.nan if memory is None else memory)  # fmt: skip
+        yield self._gauge("engines", "Engines that are served with.", engines)
+        yield self._gauge("engines_ready", "Those that take requests now.", ready)
         yield self._count("engine_restarts", "Engine processes that had to be replaced.", self._restarts())
         yield self._count("log_lines_dropped", "Log lines that could not be written.", self._lines_dropped())
 

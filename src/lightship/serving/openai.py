@@ -22,6 +22,7 @@ from lightship.serving.generation import Generates, Generation, Piece
 from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
+from lightship.serving.prefix import Prefix
 from lightship.serving.reception import enter, whose
 from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
 from lightship.serving.scoring import Scoring, echoed
@@ -108,7 +109,8 @@ def add_routes(
 async def _ticket(generation: Generation, request: Request, gate: Admission) -> Ticket:
     """What lets `generation` run, once there is room for it."""
     prompts, outputs = map(len, generation.prompts), [params.max_tokens for params in generation.params]
-    generation.ticket = await enter(gate, request, list(prompts), outputs, generation.n)
+    prefix = Prefix(generation.prompts[0])
+    generation.ticket = await enter(gate, request, list(prompts), outputs, generation.n, prefix)
     return generation.ticket
 
 

@@ -9,6 +9,7 @@ from fastapi import Request
 from lightship.serving.admission import Admission
 from lightship.serving.connection import unless_gone
 from lightship.serving.keys import Key
+from lightship.serving.prefix import Prefix
 from lightship.serving.ticket import Demand, Ticket
 
 
@@ -19,10 +20,15 @@ def whose(request: Request) -> str:
 
 
 async def enter(
-    admission: Admission, request: Request, prompts: Sequence[int], outputs: Sequence[int], choices: int = 1
+    admission: Admission,
+    request: Request,
+    prompts: Sequence[int],
+    outputs: Sequence[int],
+    choices: int = 1,
+    prefix: Prefix | None = None,
 ) -> Ticket:
-    """Wait for a place for `choices` sequences of each prompt (tokens of each, and of its output at most). The caller
-    closes the ticket. Raises what `Admission.enter` raises, and `ClientLeft`."""
+    """Wait for a place for `choices` sequences of each prompt (tokens of each, and of its output at most), the first of
+    which begins with `prefix`. The caller closes the ticket. Raises what `Admission.enter` raises, and `ClientLeft`."""
     key: Key | None = getattr(request.state, "key", None)
     demand = Demand(
         key=whose(request),
@@ -31,6 +37,7 @@ async def enter(
         choices=choices,
         requests_per_minute=None if key is None else key.requests_per_minute,
         tokens_per_minute=None if key is None else key.tokens_per_minute,
+        prefix=prefix,
     )
     got: list[Ticket] = []
 

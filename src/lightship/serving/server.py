@@ -11,27 +11,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightship.bundle import Bundle
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.kind import Kind
 from lightship.serving.auth import check_exposure, check_tls, shares_prefix_cache
+from lightship.serving.fleet import Fleet, open_engine
 from lightship.serving.keys import KeyFile, KeyRing
+from lightship.serving.placement import listed, places
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
-from lightship.serving.ticket import Limits
-from lightship.serving.tuned import facts, target_of, with_tuned
+from lightship.serving.tuned import target_of, with_tuned
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from lightship.serving.app import Served
-    from lightship.serving.front import Front
-
 log = logging.getLogger("lightship.serving")
-UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -59,12 +56,15 @@ class Serving:
         self.tls = check_tls(settings.tls_cert, settings.tls_key)
         check_exposure(host, self.keys, self.tls, settings.behind_proxy)
         shared = settings.engine.prefix_cache and shares_prefix_cache(self.keys, settings.share_prefix_cache)
-        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared))
+        self.places = places(settings.workers, settings.cores)
+        asked = settings.engine.threads
+        threads = self.places[0].threads if asked is None and len(self.places) == 1 else asked  # also of what is beside
+        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared, threads=threads))
         self._open = contextlib.ExitStack()
         try:
             self.bound = self._open.enter_context(bind(host, port))
-            asked = settings.metrics_port
-            self.metrics = None if asked is None else self._open.enter_context(bind(host, asked))
+            port_asked = settings.metrics_port
+            self.metrics = None if port_asked is None else self._open.enter_context(bind(host, port_asked))
         except BaseException:
             self._open.close()
             raise
@@ -80,67 +80,50 @@ class Serving:
         """Where it is served."""
         return url_of(self.bound, self.tls)
 
-    def server(self, bundle: Bundle, engine: Supervisor | None) -> tuple[uvicorn.Server, FastAPI]:
+    def chosen(self, folder: Path, say: Callable[[str], None]) -> ServeSettings:
+        """The settings for the bundle in `folder`, see `with_tuned`."""
+        return with_tuned(folder, self.settings, say)
+
+    def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
+        """What will generate with `target`; nothing is started yet."""
+        return open_engine(target, chosen.engine, chosen.care, self.places)
+
+    def server(
+        self, bundle: Bundle, engine: Supervisor | Fleet | None, chosen: ServeSettings
+    ) -> tuple[uvicorn.Server, FastAPI]:
         """The server of `bundle`: of a decoder with `engine`, which loads while this process imports the web
         framework."""
-        return self._decoder(bundle, engine) if engine is not None else self._encoder(bundle)
-
-    def _decoder(self, bundle: Bundle, engine: Supervisor) -> tuple[uvicorn.Server, FastAPI]:
-        target = self.settings.target or bundle.targets[0]
-        folder = bundle.target_folder(target)
-        engine.load(folder)
-        from lightship.serving import openai
-        from lightship.serving.front import Front
-        from lightship.serving.grammar import Grammars
-        from lightship.serving.model import ServedModel
-        from lightship.serving.scoring import Scoring
-
-        settings = self.settings
-        model = ServedModel.load(bundle.name, bundle.digest, folder, settings.engine)
-        context = min(model.context, settings.max_context or model.context)
-        model = replace(model, context=context, facts=facts(bundle, settings))
-        grammars = Grammars(target, folder)
-        scoring = Scoring(target, folder, settings.engine) if settings.scoring else None
-        capacity = Limits(blocks=UNKNOWN, max_concurrent=settings.max_concurrent)
-        front = Front(settings, self.keys, model.name, model.context, capacity, bundle.report)
-
-        def add_routes(app: FastAPI) -> None:
-            openai.add_routes(
-                app, engine, model, lambda: engine.stats.get("batching"), grammars, scoring, front.admission
-            )
-
-        return self._listening(engine, add_routes, front, [grammars, *([scoring] if scoring else [])])
-
-    def _encoder(self, bundle: Bundle) -> tuple[uvicorn.Server, FastAPI]:
-        """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
-        from lightship.serving.batcher import Batcher
-        from lightship.serving.encoder import ServedEncoder, add_routes, capacity
-        from lightship.serving.front import Front
-
-        target, settings = bundle.targets[0], self.settings
-        batcher = Batcher(target, bundle.target_folder(target), settings.engine)
-        model = ServedEncoder(bundle.name, bundle.digest, batcher.encoder, facts(bundle, settings))
-        front = Front(settings, self.keys, model.name, model.context, capacity(model.context), bundle.report)
-        return self._listening(batcher, lambda app: add_routes(app, batcher, model, front.admission), front)
-
-    def _listening(
-        self, engine: Served, add_routes: Callable[[FastAPI], None], front: Front, beside: Any = ()
-    ) -> tuple[uvicorn.Server, FastAPI]:
+        if engine is None and (len(self.places) > 1 or self.places[0].cores is not None):
+            raise UnsupportedError("an encoder is served by one engine, in the server's own process",
+                                   hint="leave --workers and --cores out")  # fmt: skip
+        if engine is not None:
+            engine.load(bundle.target_folder(chosen.target or bundle.targets[0]))
         import uvicorn
 
-        from lightship.serving.app import create_app
+        from lightship.serving import admin
+        from lightship.serving.app import create_shell
+        from lightship.serving.deployment import Maker, kind_of
         from lightship.serving.draining import DrainingServer
+        from lightship.serving.front import Front, learn
+        from lightship.serving.reload import Reloader
+        from lightship.serving.slot import Slot, Switch
 
-        app = create_app(
-            engine,
-            add_routes,
-            beside,
-            loaded=lambda: front.loaded(engine.stats),
+        settings, name, slot = self.settings, self.settings.name or bundle.name, Slot()
+        kind = kind_of(bundle, engine, chosen, name)
+        front = Front(settings, self.keys, name, kind.model.context)
+        shell = create_shell(
+            slot,
+            loaded=lambda: learn(slot.current.admission, slot.stats),
             around=lambda: front.open(self.metrics),
             stopping=lambda: front.door.closing,
         )
-        config = uvicorn.Config(front.stand_before(app, engine), **front.listening)
-        return DrainingServer(config, front.door, engine.close, self.settings.drain), app
+        maker = Maker(settings, self.places, name, front, shell, slot)
+        reloader = Reloader(slot, maker, lambda: front.door.closing)
+        maker.also = lambda app: admin.add_routes(app, reloader)
+        slot.current = maker.deployment(kind)
+        shell.add_middleware(Switch, slot=slot)
+        stood = front.stand_before(shell, slot, slot.snapshot, slot.engines)
+        return DrainingServer(uvicorn.Config(stood, **front.listening), front.door, slot.close, settings.drain), shell
 
 
 def url_of(bound: socket.socket, tls: bool = False) -> str:
@@ -165,9 +148,9 @@ def serve(
     path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
     with Serving(with_tuned(path, settings or ServeSettings(), progress), host, port) as serving:
         _refuse_unserved(Bundle.stated_kind(path))
-        engine = None
+        engine, chosen = None, serving.chosen(path, progress)
         if Bundle.stated_kind(path) == "decoder":
-            engine = Supervisor(target_of(path, serving.settings), serving.settings.engine, serving.settings.care)
+            engine = serving.engine(target_of(path, chosen), chosen)
             engine.spawn()  # imports its runtime while the bundle is verified
         try:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -176,7 +159,11 @@ def serve(
                 engine.kill()
             raise
         progress(f"{opened.name} is intact; loading")
-        server, app = serving.server(opened, engine)
+        for number, place in enumerate(serving.places, 1):
+            if place.cores is not None:
+                threads = serving.settings.engine.threads or place.threads
+                progress(f"engine {number}: cores {listed(place.cores)}, {threads} threads")
+        server, app = serving.server(opened, engine, chosen)
         watching = threading.Thread(target=_watch, args=(server, app, serving.url, progress), daemon=True)
         watching.start()
         server.run(sockets=[serving.bound])
@@ -213,15 +200,10 @@ def running(
     `settings` it asks for no keys."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _refuse_unserved(opened.kind)
-    settings = with_tuned(opened.folder, settings or ServeSettings(keys=None), log.info)
-    with Serving(settings, host, port) as serving:
-        chosen = serving.settings
-        engine = (
-            Supervisor(chosen.target or opened.targets[0], chosen.engine, chosen.care)
-            if opened.kind == "decoder"
-            else None
-        )
-        server, _ = serving.server(opened, engine)
+    with Serving(settings or ServeSettings(keys=None), host, port) as serving:
+        chosen = serving.chosen(opened.folder, log.info)
+        engine = serving.engine(chosen.target or opened.targets[0], chosen) if opened.kind == "decoder" else None
+        server, _ = serving.server(opened, engine, chosen)
         with in_thread(server, serving.bound, serving.url):
             yield serving.url
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from lightship.engine import EngineSettings
 from lightship.serving.keys import usual_path
 from lightship.serving.limits import Limits
+from lightship.serving.placement import Workers
 from lightship.serving.supervisor import Care
 from lightship.tuning import Entry
 
@@ -16,16 +17,21 @@ from lightship.tuning import Entry
 class ServeSettings:
     """Times are seconds.
 
-    `keys`: the key file, None for a server without keys. `max_context`: tokens of prompt and answer together, None for
-    what the model has. `max_concurrent`: sequences that run together; `max_queue`: requests that wait.
-    `first_token_deadline`: from arrival to the first token; `total_deadline`: to the last, None for none. `drain`: what
-    runs may take so long when the server ends. `use_tuned`: take what `lightship tune` found out here, where it fits;
-    `tuned` is what was found, see `serving.tuned`; `target`: of the bundle, None for its first. `metrics_port`: None
-    puts /metrics beside the API. `vllm_names`: export metrics under vLLM's names too. `log`: a line for each request
-    goes there; None for none, 2 for standard error.
+    `workers` and `cores` say how many engines there are and where, see `placement.places`; what `engine`,
+    `max_concurrent` and `care` say holds for each of them. `name`: of the model in the API, whatever bundle is served;
+    None for that of the first. `keys`: the key file, None for a server without keys. `max_context`: tokens of prompt
+    and answer together, None for what the model has. `max_concurrent`: sequences that run together; `max_queue`:
+    requests that wait. `first_token_deadline`: from arrival to the first token; `total_deadline`: to the last, None for
+    none. `drain`: what runs may take so long when the server ends. `use_tuned`: take what `lightship tune` found out
+    here, where it fits; `tuned` is what was found, see `serving.tuned`; `target`: of the bundle, None for its first.
+    `metrics_port`: None puts /metrics beside the API. `vllm_names`: export metrics under vLLM's names too. `log`: a
+    line for each request goes there; None for none, 2 for standard error.
     """
 
     engine: EngineSettings = field(default_factory=EngineSettings)
+    workers: Workers = 1
+    cores: tuple[str, ...] = ()
+    name: str | None = None
     target: str | None = None
     use_tuned: bool = True
     tuned: Entry | None = None

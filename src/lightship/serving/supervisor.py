@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ import psutil
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
 from lightship.serving import wire
+from lightship.serving.placement import Place
 from lightship.serving.worker import Worker
 
 log = logging.getLogger("lightship.serving")
@@ -99,8 +100,13 @@ class Supervisor:
     is ready. `down`: it was started too often and stays down, for the reason in `failure`.
     """
 
-    def __init__(self, target: str, settings: EngineSettings, care: Care | None = None) -> None:
+    def __init__(
+        self, target: str, settings: EngineSettings, care: Care | None = None, place: Place | None = None
+    ) -> None:
+        self.place = place or Place()
         self._target, self._settings = target, settings
+        if settings.threads is None and self.place.threads is not None:
+            self._settings = replace(settings, threads=self.place.threads)
         self.care = care or Care()
         self._interval = min(self.care.interval, self.care.stall / 4)
         self._worker = self._new()
@@ -114,9 +120,10 @@ class Supervisor:
         self.memory: Memory | None = None
         self.restarts = 0
         self.stuck = self.down = False
+        self.changed: Callable[[], None] = lambda: None  # called when `ready` or `down` may be other than before
 
     def _new(self) -> Worker:
-        return Worker(self._target, self._settings)
+        return Worker(self._target, self._settings, self.place.cores)
 
     @property
     def ready(self) -> bool:
@@ -200,6 +207,7 @@ class Supervisor:
         await self._tell()
 
     async def _tell(self) -> None:
+        self.changed()
         async with self._changed:
             self._changed.notify_all()
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
-from lightship.engine import Event
+from lightship.engine import Event, GenerationParams
 from lightship.errors import ClientLeft, Timeout, UsageError
+from lightship.serving.prefix import Prefix
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine may hold at once. Times are seconds.
+    """What each engine may hold at once. Times are seconds.
 
-    `blocks`: KV blocks of the pool, each for `block_tokens` tokens of one sequence. `max_concurrent`: sequences that
+    `blocks`: KV blocks of its pool, each for `block_tokens` tokens of one sequence. `max_concurrent`: sequences that
     run; `max_queue`: requests that wait. `first_token_deadline`: from arrival to the first token; `total_deadline`: to
     the last. `patience`: for how long smaller requests may overtake one that does not fit yet.
     """
@@ -44,7 +45,8 @@ class Limits:
 @dataclass(frozen=True)
 class Demand:
     """What a request may need at most: tokens of each of its `prompts`, and of the `outputs` of each, for every one of
-    `choices`. `key` is whose it is; the rates are the limits of that key, None for none."""
+    `choices`. `key` is whose it is; the rates are the limits of that key, None for none. `prefix`: how its first prompt
+    begins, where that is known."""
 
     key: str
     prompts: tuple[int, ...]
@@ -52,6 +54,7 @@ class Demand:
     choices: int = 1
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    prefix: Prefix | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> int:
@@ -93,6 +96,41 @@ class Observer(Protocol):
         ...
 
 
+class Seat(Protocol):
+    """The engine that a ticket was let in for, where there are several: `fleet.Seat`."""
+
+    def generate(self, tokens: Sequence[int], params: GenerationParams) -> AsyncGenerator[Event, None]:
+        """See `Worker.generate`."""
+        ...
+
+    async def recovered(self, timeout: float) -> None:
+        """Wait for an engine that is ready, perhaps another one."""
+        ...
+
+    def leave(self) -> None:
+        """Give the place back."""
+        ...
+
+
+class Seats(Protocol):
+    """Several engines, each with a pool of its own: `fleet.Fleet`."""
+
+    changed: Callable[[], None]
+
+    @property
+    def working(self) -> int:
+        """Engines whose pools count now, at least one."""
+        ...
+
+    def has_room(self, blocks: int, sequences: int, limits: Limits) -> bool:
+        """Whether one of them has so much free."""
+        ...
+
+    def seat(self, ticket: Ticket, limits: Limits) -> Seat:
+        """A seat for `ticket`, for which there is room."""
+        ...
+
+
 class Gate(Protocol):
     """What a ticket opens, and what it tells of the request: `admission.Admission`."""
 
@@ -117,7 +155,7 @@ class Ticket:
 
     `queued` and `ttft`: seconds from arrival to admission and to the first token (None before it); `tokens`: produced
     so far; `finish`: why it ended, set by whoever knows: an engine's finish reason, `error`, `timeout`, or `abort` for
-    one that was left.
+    one that was left. `seat`: the engine it is for, None where there is only one.
     """
 
     def __init__(self, gate: Gate, demand: Demand, blocks: int, arrived: float, admitted: float) -> None:
@@ -128,6 +166,7 @@ class Ticket:
         self.ttft: float | None = None
         self.tokens = 0
         self.finish: str | None = None
+        self.seat: Seat | None = None
         self._last = admitted
         self._closed = False
 

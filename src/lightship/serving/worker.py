@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import select
 import signal
 import socket
@@ -41,8 +42,9 @@ class Worker:
     stays dead: `Supervisor` makes another.
     """
 
-    def __init__(self, target: str, settings: EngineSettings) -> None:
-        self._target, self._settings = target, settings
+    def __init__(self, target: str, settings: EngineSettings, cores: frozenset[int] | None = None) -> None:
+        """`cores`: the child is held to these, None for all that this process may use."""
+        self._target, self._settings, self._cores = target, settings, cores
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -87,7 +89,8 @@ class Worker:
             )  # fmt: skip
 
     def _command(self, descriptor: int) -> list[str]:
-        return [sys.executable, "-P", "-m", "lightship.serving.worker", str(descriptor), self._target]
+        held = [] if self._cores is None else [",".join(map(str, sorted(self._cores)))]
+        return [sys.executable, "-P", "-m", "lightship.serving.worker", str(descriptor), self._target, *held]
 
     def load(self, folder: Path) -> None:
         """Let the child load the runtime folder, once it may be trusted."""
@@ -367,9 +370,11 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
 
 
-def main(descriptor: int, target: str) -> None:
+def main(descriptor: int, target: str, cores: str = "") -> None:
     """The child: signals to stop belong to the parent, which lets streams finish and then closes the socket."""
     _end_with_parent()
+    if cores:  # before the runtime is imported: its threads, and the memory they touch first, stay there
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
     connection = socket.socket(fileno=descriptor)
@@ -378,4 +383,4 @@ def main(descriptor: int, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])
