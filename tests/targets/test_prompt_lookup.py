@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lightship.decoder_pipeline import EXACT
 from lightship.engine import EngineSettings, GenerationParams, Grammar
-from lightship.errors import UnsupportedError
+from lightship.errors import RequestError, UnsupportedError
 from lightship.pipeline import convert
 from lightship.recipe import Precision, Recipe
 from lightship.targets import onnx, openvino
@@ -114,6 +114,18 @@ def test_with_the_prefix_cache(folder, pair):
     assert answers(engine, rows(), ASKED["greedy"])[0] == expected
     assert answers(engine, rows(), ASKED["greedy"])[0] == expected
     engine.close()
+
+
+def test_who_does_not_fit_into_the_cache_waits(pair, monkeypatch):
+    """The runtime must never run out of blocks: with lookup it would give up on a request, or die."""
+    monkeypatch.setattr(pair[1], "_blocks", 10)  # 40 + 96 + 5 tokens take five of them each
+    most = []
+    real = pair[1].step
+    monkeypatch.setattr(pair[1], "step", lambda: (real(), most.append(len(pair[1]._running)))[0])
+    assert answers(pair[1], rows(), ASKED["greedy"])[0] == answers(pair[0], rows(), ASKED["greedy"])[0]
+    assert max(most) == 2 and not pair[1]._held
+    with pytest.raises(RequestError, match="KV cache"):
+        pair[1].submit([1] * 200, GenerationParams(max_tokens=116))
 
 
 def test_prompts_can_be_scored(pair):

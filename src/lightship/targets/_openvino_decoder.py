@@ -57,14 +57,19 @@ class OpenVINOEngine:
         self._most = settings.max_num_seqs  # the runtime's own bound does not hold where prefill and decode are mixed
         self._waiting: deque[tuple[int, Sequence[int], Any, tuple[int, ...]]] = deque()
         self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
+        self._held: dict[int, int] = {}  # blocks that a request may need at most, while prompt lookup is on
+        self._leaving = 0  # blocks of those cancelled, which the pipeline frees at the end of its next step
         self._next_id = 0
+        self._blocks: int | None = None
         self._blocks = self._count_blocks()
 
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         self._check(tokens, params)
         self._next_id += 1
         stops = () if params.ignore_eos else self._stops(params)
-        self._waiting.append((self._next_id, tokens, self._config(params), stops))
+        config = self._config(params)
+        self._hold(self._next_id, len(tokens) + params.max_tokens)
+        self._waiting.append((self._next_id, tokens, config, stops))
         return self._next_id
 
     def _add(self, request_id: int, tokens: Sequence[int], config: Any, stops: tuple[int, ...]) -> None:
@@ -72,6 +77,26 @@ class OpenVINOEngine:
 
         ids = ov.Tensor(np.array([tokens], dtype=np.int64))
         self._running[request_id] = (self._pipeline.add_request(request_id, ids, config), stops)
+
+    def _hold(self, request_id: int, length: int) -> None:
+        """Note the blocks of a request with `length` tokens and those proposed beyond. A pipeline with prompt lookup
+        that runs out of blocks gives up on a request, or dies (2026.4): those that do not fit wait instead."""
+        if not self._lookup or self._blocks is None:
+            return
+        needed = -(-(length + self._lookup) // BLOCK_TOKENS)
+        if needed > self._blocks:
+            raise RequestError(
+                f"{length} tokens and {self._lookup} proposed ones do not fit into the KV cache of "
+                f"{self._blocks * BLOCK_TOKENS}", "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        self._held[request_id] = needed
+
+    def _has_room(self, request_id: int) -> bool:
+        """Whether the first that waits fits beside those that run."""
+        if self._blocks is None:
+            return True
+        held = sum(self._held.get(other, 0) for other in (*self._running, request_id))
+        return held + self._leaving <= self._blocks
 
     def _check(self, tokens: Sequence[int], params: GenerationParams) -> None:
         if not tokens:
@@ -132,10 +157,11 @@ class OpenVINOEngine:
         return np.array(values[1 : len(tokens)], np.float32)
 
     def step(self) -> list[Event]:
-        while self._waiting and len(self._running) < self._most:
+        while self._waiting and len(self._running) < self._most and self._has_room(self._waiting[0][0]):
             self._add(*self._waiting.popleft())
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()
+        self._leaving = 0
         return [event for request_id in list(self._running) if (event := self._read(request_id)) is not None]
 
     def _read(self, request_id: int) -> Event | None:
@@ -149,6 +175,7 @@ class OpenVINOEngine:
         reason = self._reason(handle, tokens, stops)
         if reason is not None:
             del self._running[request_id]
+            self._held.pop(request_id, None)
         if reason == "stop" and tokens and tokens[-1] in stops:
             tokens, logprobs = tokens[:-1], logprobs[: len(tokens) - 1]
         if not tokens and not logprobs and reason is None:
@@ -169,8 +196,10 @@ class OpenVINOEngine:
         return bool(self._running or self._waiting)
 
     def cancel(self, request_id: int) -> None:
+        held = self._held.pop(request_id, 0)
         self._waiting = deque(waiting for waiting in self._waiting if waiting[0] != request_id)
         if request_id in self._running:
+            self._leaving += held
             handle, _ = self._running.pop(request_id)
             handle.cancel()
 
