@@ -208,7 +208,7 @@ class Maker:
 
     def chosen(self, bundle: Bundle) -> ServeSettings:
         """The settings for `bundle`, see `with_tuned`."""
-        return with_tuned(bundle.folder, self.settings, log.info)
+        return with_tuned(bundle.folder, self.settings, log.info, len(self.places))
 
     def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
         """What will generate with `target`; nothing is started yet."""

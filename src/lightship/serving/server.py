@@ -82,7 +82,7 @@ class Serving:
 
     def chosen(self, folder: Path, say: Callable[[str], None]) -> ServeSettings:
         """The settings for the bundle in `folder`, see `with_tuned`."""
-        return with_tuned(folder, self.settings, say)
+        return with_tuned(folder, self.settings, say, len(self.places))
 
     def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
         """What will generate with `target`; nothing is started yet."""

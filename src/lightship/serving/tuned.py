@@ -18,11 +18,12 @@ UNMEASURED = "unmeasured here"
 SHOWN = ("prefill", "decode", "batch1", "batch32", "load", "peak_rss", "kld", "cosine_loss", "top1")
 
 
-def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None]) -> ServeSettings:
+def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], engines: int = 1) -> ServeSettings:
     """`settings` with what was tuned for the bundle at `path` on this machine, in place of defaults only: what is given
     by hand stays. Tells what it takes, and why it takes nothing from a file that lies there; never fails because of it.
 
-    The bundle need not be verified yet: its digest is what its manifest has.
+    Threads are not taken for several `engines`: what was tuned had the machine to itself. The bundle need not be
+    verified yet: its digest is what its manifest has.
     """
     if not settings.use_tuned or Bundle.stated_kind(path) != "decoder":
         return settings
@@ -32,7 +33,10 @@ def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None]) 
     entry = found.entry
     if entry is None or settings.target not in (None, entry.target):
         return settings
-    return replace(settings, engine=entry.settings.on(settings.engine), target=entry.target, tuned=entry)
+    engine = entry.settings.on(settings.engine)
+    if engines > 1:
+        engine = replace(engine, threads=settings.engine.threads)
+    return replace(settings, engine=engine, target=entry.target, tuned=entry)
 
 
 def target_of(path: Path, settings: ServeSettings) -> str:
