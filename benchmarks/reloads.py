@@ -71,7 +71,7 @@ def judged(answer: httpx.Response, stream: bool, seen: Seen) -> str | None:
     if not stream:
         chunks = [answer.json()]
     else:
-        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+        lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
         if lines[-1:] != ["[DONE]"]:
             return f"a stream that broke off: {answer.text[-200:]!r}"
         chunks = [json.loads(line) for line in lines[:-1]]
