@@ -68,9 +68,10 @@ def judged(answer: httpx.Response, stream: bool, seen: Seen) -> str | None:
     """Why an answer is not whole; None for one that is."""
     if answer.status_code != 200:
         return f"{answer.status_code}: {answer.text[:200]}"
-    chunks = [answer.json()]
-    if stream:
-        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    if not stream:
+        chunks = [answer.json()]
+    else:
+        lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: ")]
         if lines[-1:] != ["[DONE]"]:
             return f"a stream that broke off: {answer.text[-200:]!r}"
         chunks = [json.loads(line) for line in lines[:-1]]
@@ -114,10 +115,11 @@ async def changing(url: str, bundles: list[Path], seen: Seen, requests: int, cha
 async def run(url: str, bundles: list[Path], requests: int, changes: int) -> Seen:
     """All of it."""
     seen, ended = Seen(), asyncio.Event()
-    clients = [asyncio.create_task(client(number, url, seen, ended, requests)) for number in range(CLIENTS)]
-    await changing(url, bundles, seen, requests, changes)
-    ended.set()
-    await asyncio.gather(*clients)
+    async with asyncio.TaskGroup() as group:  # where a client fails by itself all end
+        for number in range(CLIENTS):
+            group.create_task(client(number, url, seen, ended, requests))
+        await changing(url, bundles, seen, requests, changes)
+        ended.set()
     return seen
 
 

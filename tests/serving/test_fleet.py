@@ -14,6 +14,7 @@ from lightship.engine import EngineSettings, GenerationParams
 from lightship.errors import EngineDied
 from lightship.serving.admission import Admission
 from lightship.serving.fleet import SLACK, Fleet, open_engine
+from lightship.serving.front import learn
 from lightship.serving.placement import Place
 from lightship.serving.prefix import BLOCK, Prefix
 from lightship.serving.server import running
@@ -280,8 +281,12 @@ def test_it_is_ready_when_all_are_loaded_and_not_before(tmp_path):
         try:
             await until(lambda: any(engine.ready for engine in fleet.engines))
             assert not all(engine.ready for engine in fleet.engines) and not fleet.ready
+            admission = Admission(Limits(blocks=10**9), seats=fleet)
+            early = asyncio.create_task(admission.enter(demand(64)))
             await starting
-            assert fleet.ready
+            assert fleet.ready and not early.done()
+            learn(admission, {"blocks": 10, "block_tokens": 16})
+            assert (await early).blocks == 2 and admission.snapshot().blocks == 20
         finally:
             await fleet.close()
 

@@ -79,7 +79,7 @@ class Admission:
         self._observer = observer
         self._seats = seats
         if seats is not None:
-            seats.changed = self._fill
+            seats.changed = self.fill
         self._rates = rates or KeyRates(clock)
         self._prefill = Speed(prefill or GUESSED_PREFILL, half_life=4000)
         self._decode = Speed(decode or GUESSED_DECODE, half_life=1000)
@@ -122,7 +122,7 @@ class Admission:
         now = self.now()
         waiting = _Waiting(demand, blocks, now, asyncio.get_running_loop().create_future())
         self._join(waiting)
-        self._fill()
+        self.fill()
         self._shed(waiting)
         self._turn_away(waiting)
         patient = min(self.limits.first_token_deadline, self.limits.total_deadline or math.inf)
@@ -213,11 +213,12 @@ class Admission:
             return  # it was refused when it was already cancelled
         self._remove(waiting)
         self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
-        self._fill()
+        self.fill()
 
     # ── Whose turn it is ────────────────────────────────────────────────────
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
+        """Let in who fits now: there may be more room than before."""
         while (waiting := self._next()) is not None:
             self._admit(waiting)
 
@@ -310,7 +311,7 @@ class Admission:
             self._observer.finished(ticket)
         if ticket.seat is not None:
             ticket.seat.leave()
-        self._fill()
+        self.fill()
 
     def _retry_after(self) -> int:
         """Seconds until the work that is here now will be done: what each request still needs at the measured speeds

@@ -191,7 +191,6 @@ class Fleet:
         """Wait until all are loaded. Raises the `EngineError` of the first that cannot be."""
         await asyncio.gather(*(engine.start() for engine in self.engines))
         self._begun = True
-        self.tell()
 
     async def close(self) -> None:
         """See `Supervisor.close`."""
@@ -217,8 +216,9 @@ class Fleet:
         return ready or [member for member in self._members if not member.engine.down] or self._members
 
     def has_room(self, blocks: int, sequences: int, limits: Limits) -> bool:
-        """Whether an engine has so much free. Who lost its engine goes before who is new."""
-        return not self._moving and any(member.has_room(blocks, sequences, limits) for member in self._open())
+        """Whether an engine has so much free, once all have been loaded. Who lost its engine goes before who is new."""
+        waits = self._moving or not self._begun
+        return not waits and any(member.has_room(blocks, sequences, limits) for member in self._open())
 
     def seat(self, ticket: Ticket, limits: Limits) -> Seat:
         """A seat for `ticket`, for which there must be room."""

@@ -38,6 +38,7 @@ def learn(admission: Admission, stats: Mapping[str, Any]) -> None:
         admission.limits = replace(admission.limits, max_concurrent=UNBATCHED)
     if (blocks := stats.get("blocks")) is not None:
         admission.limits = replace(admission.limits, blocks=blocks, block_tokens=stats["block_tokens"])
+    admission.fill()
 
 
 class Front:
