@@ -162,9 +162,15 @@ def test_tuned_settings_do_not_share_the_prefix_cache_between_keys(bundle, tmp_p
     put(bundle, settings=Chosen(prefix_cache=True))
     file = KeyFile(tmp_path / "keys.json")
     file.create("one")
-    settings = with_tuned(bundle.folder, ServeSettings(keys=file.path), lambda line: None)
-    with Serving(settings, "127.0.0.1", 0) as serving:
-        assert serving.settings.tuned is not None and not serving.settings.engine.prefix_cache
+    with Serving(ServeSettings(keys=file.path), "127.0.0.1", 0) as serving:
+        chosen = serving.chosen(bundle.folder, lambda line: None)
+        assert chosen.tuned is not None and not chosen.engine.prefix_cache
+
+
+def test_tuned_threads_are_for_one_engine(bundle):
+    put(bundle, settings=Chosen(threads=1, max_num_seqs=8))
+    one, two = (with_tuned(bundle.folder, ServeSettings(), lambda line: None, engines) for engines in (1, 2))
+    assert (one.engine.threads, two.engine.threads, two.engine.max_num_seqs) == (1, None, 8)
 
 
 def test_the_card_shows_what_was_measured_here(bundle):
