@@ -400,6 +400,7 @@ import pathlib, sys
 from lightship.serving import server
 from lightship.bundle import Bundle
 from lightship.report import Report
+from lightship.serving.settings import ServeSettings
 
 Bundle.report = Report(())
 folder = pathlib.Path(sys.argv[1])
@@ -407,7 +408,7 @@ Bundle.open = staticmethod(lambda path: Bundle(folder, {"name": "fake", "targets
 Bundle.target_folder = lambda self, name: folder
 Bundle.stated_target = staticmethod(lambda path: "fake")
 Bundle.stated_kind = staticmethod(lambda path: "decoder")
-server.serve(folder, port=int(sys.argv[2]))
+server.serve(folder, port=int(sys.argv[2]), settings=ServeSettings(use_tuned=False))
 """
 
 

@@ -84,15 +84,17 @@ class Serving:
         """The settings for the bundle in `folder`, see `with_tuned`."""
         return with_tuned(folder, self.settings, say, len(self.places))
 
-    def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
-        """What will generate with `target`; nothing is started yet."""
+    def engine(self, target: str, chosen: ServeSettings | None = None) -> Supervisor | Fleet:
+        """What will generate with `target`, with settings that were `chosen` for its bundle; nothing is started yet."""
+        chosen = chosen or self.settings
         return open_engine(target, chosen.engine, chosen.care, self.places)
 
     def server(
-        self, bundle: Bundle, engine: Supervisor | Fleet | None, chosen: ServeSettings
+        self, bundle: Bundle, engine: Supervisor | Fleet | None, chosen: ServeSettings | None = None
     ) -> tuple[uvicorn.Server, FastAPI]:
         """The server of `bundle`: of a decoder with `engine`, which loads while this process imports the web
-        framework."""
+        framework. `chosen`: as of `engine`."""
+        chosen = chosen or self.settings
         if engine is None and (len(self.places) > 1 or self.places[0].cores is not None):
             raise UnsupportedError("an encoder is served by one engine, in the server's own process",
                                    hint="leave --workers and --cores out")  # fmt: skip
@@ -146,7 +148,7 @@ def serve(
     be loaded.
     """
     path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
-    with Serving(with_tuned(path, settings or ServeSettings(), progress), host, port) as serving:
+    with Serving(settings or ServeSettings(), host, port) as serving:
         _refuse_unserved(Bundle.stated_kind(path))
         engine, chosen = None, serving.chosen(path, progress)
         if Bundle.stated_kind(path) == "decoder":
