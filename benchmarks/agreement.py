@@ -158,8 +158,8 @@ def main() -> None:
         f"{shown}\n\nguidellm {named}; {asked.requests} prompts of {WORDS} words, "
         f"at most {OUT} tokens out, greedy, {asked.clients} clients, closed loop; median (range) of {asked.repeats} "
         "pairs with the same prompts, their order alternating, the server started anew for each run. TPOT is what "
-        "guidellm calls inter-token latency. guidellm's request is sent without `ignore_eos` and "
-        "`continuous_usage_stats`, which this server refuses by name, and greedily.",
+        "guidellm calls inter-token latency. Both ask greedily and without `ignore_eos`; guidellm's request is sent "
+        "without `continuous_usage_stats`, which this server refuses by name.",
         PAGE,
     )
 

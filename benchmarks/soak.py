@@ -103,7 +103,7 @@ class Ground:
         self._prose, self._seed = prose, 0
 
     def prompts(self) -> Synthetic:
-        """Others every time. What the model ends itself is whole: this server has no ignore_eos."""
+        """Others every time. What the model ends itself is whole."""
         self._seed += 1
         return Synthetic(Manner(ignore_eos=False), self._prose, IN, OUT, seed=self._seed, exact=False)
 

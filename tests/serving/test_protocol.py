@@ -395,6 +395,23 @@ def test_bytes_that_are_no_text_are_not_decoded_again_and_again(folder, garbage)
     assert (said + stream.finish()).endswith("a漢🚢z")
 
 
+def test_ignore_eos_goes_on_behind_the_end(api):
+    body = {"prompt": "z", "max_tokens": 8}
+    ends, goes_on = (
+        httpx.post(f"{api[0]}/v1/completions", json={**body, "ignore_eos": ignored}).json() for ignored in (False, True)
+    )
+    assert (ends["choices"][0]["text"], ends["choices"][0]["finish_reason"]) == ("{|}", "stop")
+    assert goes_on["choices"][0]["text"].startswith("{|}~") and goes_on["choices"][0]["finish_reason"] == "length"
+    assert goes_on["usage"]["completion_tokens"] == 8
+    held = {
+        "messages": [{"role": "user", "content": "z"}],
+        "ignore_eos": True,
+        "response_format": {"type": "json_object"},
+    }
+    refused = httpx.post(f"{api[0]}/v1/chat/completions", json=held).json()["error"]
+    assert (refused["param"], refused["code"]) == ("ignore_eos", "unsupported_parameter")
+
+
 SERVE = """
 import pathlib, sys
 from lightship.serving import server

@@ -49,6 +49,7 @@ class Sampling(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=1000)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
 
     def choices(self) -> int:
@@ -71,6 +72,7 @@ class Sampling(_Body):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
+            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             grammar=grammar,
         )
@@ -218,6 +220,9 @@ class ChatRequest(Sampling):
             raise RequestError(known, "top_logprobs", "unsupported_parameter")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.ignore_eos and (self.tools or (self.response_format and self.response_format.type != "text")):
+            raise RequestError("ignore_eos goes with plain text: what a grammar holds ends when it is complete",
+                               "ignore_eos", "unsupported_parameter")  # fmt: skip
         for name, fine in TAKEN.items():
             _refuse(name, getattr(self, name), (None, *fine))
 
