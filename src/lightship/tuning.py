@@ -274,9 +274,8 @@ def write(bundle: Path, entry: Entry) -> Path:
     kept = [old for old in before if old.bundle == entry.bundle and not _same(old, entry)]
     file = _File(format=FORMAT, version=VERSION, entries=[*kept, entry][-MOST_ENTRIES:])
     text = json.dumps(file.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.unlink(missing_ok=True)
         with temporary.open("x", encoding="utf-8") as out:
             out.write(text)
             out.flush()

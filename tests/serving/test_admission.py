@@ -60,6 +60,36 @@ async def test_blocks_and_sequences_are_both_counted(clock):
     assert is_empty(admission)
 
 
+class TwoEngines:
+    """The seats of two engines of two sequences each, of which one has stopped taking requests."""
+
+    working, free = 2, 4
+
+    def has_room(self, blocks, sequences, limits):
+        return self.free >= sequences
+
+    def seat(self, ticket, limits):
+        self.free -= 1
+        return self
+
+    def leave(self):
+        self.free += 1
+
+
+@virtual
+async def test_an_engine_that_drains_holds_nobody_up_before_an_idle_one(clock):
+    seats = TwoEngines()
+    admission = Admission(Limits(blocks=100, max_concurrent=2), clock=clock, seats=seats)
+    first = [await admission.enter(demand("a", 1, 1)) for _ in range(2)]
+    seats.working = 1  # theirs drains, the other is idle
+    other = asking(admission)
+    await settled()
+    assert other.done()
+    for ticket in (*first, await other):
+        ticket.close()
+    assert is_empty(admission) and seats.free == 4
+
+
 @virtual
 async def test_a_ticket_is_given_back_once(clock):
     admission = Admission(Limits(blocks=10), clock=clock)

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from lightship.engine import EngineSettings, GenerationParams, Grammar
-from lightship.errors import Overloaded, RequestError
+from lightship.errors import EngineDied, Overloaded, RequestError
 from lightship.find import find
 from lightship.serving.grammar import MOST_WAITING, USES, Grammars
 from lightship.serving.json_schema import MOST_BYTES, any_object, number_range, to_grammar
@@ -318,6 +318,37 @@ def test_keys_take_turns_and_none_may_have_too_many_waiting(folder):
         await grammars.close()
 
     asyncio.run(run())
+
+
+def test_the_same_schema_of_many_requests_is_compiled_once(folder):
+    async def run():
+        grammars = Grammars("openvino", folder)
+        await grammars.check(GOOD, "x")
+        used = grammars._child._used
+        await asyncio.gather(*(grammars.check(numbered(400), "x", "one") for _ in range(3 * MOST_WAITING)))
+        await grammars.close()
+        return grammars._child._used - used
+
+    assert asyncio.run(run()) == 1
+
+
+def test_closing_begins_nothing_for_those_that_wait(folder):
+    async def run():
+        grammars = Grammars("openvino", folder)
+        await grammars.check(GOOD, "x")
+        waiting = [
+            asyncio.create_task(grammars.check(numbered(number), "x", str(number))) for number in range(500, 510)
+        ]
+        await asyncio.sleep(0)
+        await grammars.close()
+        ends = await asyncio.gather(*waiting, return_exceptions=True)
+        with pytest.raises(EngineDied):
+            await grammars.check(numbered(510), "x")
+        return ends, grammars._child.pid
+
+    ends, pid = asyncio.run(run())
+    assert pid is None and all(end is None or isinstance(end, EngineDied) for end in ends)
+    assert sum(isinstance(end, EngineDied) for end in ends) >= 8
 
 
 def test_who_left_before_its_turn_costs_nothing(folder):

@@ -7,7 +7,7 @@ import pytest
 from lightship.errors import Overloaded, RequestError, Timeout
 from lightship.serving.admission import Admission
 from lightship.serving.rates import KeyRates, Speed
-from lightship.serving.ticket import Limits
+from lightship.serving.ticket import Demand, Limits
 from tests.serving.virtual import asking, demand, is_empty, settled, virtual
 
 
@@ -139,6 +139,28 @@ async def ran(admission, seconds, output):
         await asyncio.sleep(seconds)
         ticket.produced(output - 1)
         ticket.finish = "stop"
+
+
+@virtual
+async def test_an_encoder_is_as_fast_as_it_reads_all_rows(clock):
+    """Its first token comes when all rows are read: a full pool of batches is soon done, and a single row waits."""
+    admission = Admission(Limits(blocks=10**6, max_concurrent=512), clock=clock)
+    rows = Demand("a", (200,) * 256, (0,) * 256)
+
+    async def batch():
+        async with await admission.enter(rows) as ticket:
+            await asyncio.sleep(1)
+            ticket.first_token()
+            ticket.finish = "stop"
+
+    for _ in range(10):
+        await batch()
+    assert admission.snapshot().prefill_speed == pytest.approx(256 * 200, rel=0.1)
+    many = [asyncio.create_task(batch()) for _ in range(3)]
+    one = asking(admission, prompt=32)
+    await asyncio.gather(*many)
+    (await one).close()
+    assert is_empty(admission)
 
 
 @virtual

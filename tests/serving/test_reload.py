@@ -153,6 +153,26 @@ def test_back_and_forth_again(first, tmp_path):
         assert digest_of(url) == second.digest
 
 
+def test_a_link_that_is_changed_changes_nothing_by_itself(first, tmp_path):
+    """An engine that is started again, and a change back, take the bundle that was verified."""
+    other, link = fake_bundle(tmp_path / "other", script=[120]), tmp_path / "current"
+    second = fake_bundle(tmp_path / "second")
+    link.symlink_to(first.folder)
+    before = set(worker_pids())
+    with running(link, settings=ServeSettings(keys=None)) as url:
+        (pid,) = set(worker_pids()) - before
+        link.unlink()
+        link.symlink_to(other.folder)
+        os.kill(pid, signal.SIGKILL)
+        assert ask(url) == ALPHABET and digest_of(url) == first.digest
+        link.unlink()
+        link.symlink_to(second.folder)
+        assert change(url, link).status_code == 200 and digest_of(url) == second.digest
+        link.unlink()
+        back = httpx.post(f"{url}/admin/rollback", json={}, timeout=30)
+        assert back.status_code == 200 and digest_of(url) == first.digest
+
+
 def test_what_a_key_has_used_is_known_to_the_next_bundle(first, tmp_path):
     file = KeyFile(tmp_path / "keys.json")
     secrets = {name: {"Authorization": f"Bearer {file.create(name, **options)[1]}"} for name, options in {

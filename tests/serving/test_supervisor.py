@@ -20,7 +20,7 @@ from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
 from lightship.serving import wire
 from lightship.serving.supervisor import TOKENLESS, Care, Supervisor, Watchdog, once_more
-from lightship.serving.worker import Worker
+from lightship.serving.worker import Worker, _backlog
 
 QUICK = Care(backoff=0.05, interval=0.05)
 STRICT = Care(stall=1.0, backoff=0.05, interval=0.05)
@@ -460,6 +460,40 @@ def test_a_child_that_sends_garbage_is_killed_and_replaced(tmp_path, lie):
             assert await tokens(supervisor) == [2, 3, 4, 5, 6]
 
     asyncio.run(run())
+
+
+def test_an_answer_that_was_complete_is_whole_when_its_engine_goes_before_it_is_read(tmp_path):
+    async def run():
+        async with supervised(tmp_path) as supervisor:
+            stream = supervisor.generate([1], GenerationParams(max_tokens=6))
+            found = list((await anext(stream)).token_ids)
+            await until(lambda: supervisor._worker.produced == 6 and not supervisor._worker.working)
+            os.kill(supervisor.pid, signal.SIGKILL)
+            await until(lambda: not supervisor._worker.ready)
+            async for event in stream:
+                found += event.token_ids
+                finish = event.finish_reason
+            return found, finish
+
+    assert asyncio.run(run()) == ([2, 3, 4, 5, 6, 7], "length")
+
+
+def test_who_reads_slowly_gets_larger_pieces():
+    """Tokens that wait are one event; an error comes after the tokens before it, and nothing after the end."""
+
+    def backlog(*answers):
+        stream = asyncio.Queue()
+        for each in answers[1:]:
+            stream.put_nowait(each)
+        return _backlog(answers[0], stream)
+
+    one, two, last = Event(1, (2,), (-0.5,)), Event(1, (3, 4), (-1.0, -2.0)), Event(1, (5,), (-3.0,), "stop")
+    died, broken = EngineDied("gone"), Event(1, finish_reason="error", error="full")
+    assert backlog(one) == [one]
+    assert backlog(one, two) == [Event(1, (2, 3, 4), (-0.5, -1.0, -2.0))]
+    assert backlog(one, two, last, died) == [Event(1, (2, 3, 4, 5), (-0.5, -1.0, -2.0, -3.0), "stop")]
+    assert backlog(one, two, died) == [Event(1, (2, 3, 4), (-0.5, -1.0, -2.0)), died]
+    assert backlog(one, broken) == [one, broken] and backlog(died) == [died]
 
 
 # ── Memory ──────────────────────────────────────────────────────────────────

@@ -42,6 +42,19 @@ async def test_first_token_deadline_counts_from_arrival(clock):
 
 
 @virtual
+async def test_waiting_for_an_engine_is_no_slow_reading(clock):
+    """A prompt of 100 tokens, read in a second by the engine that came after half a minute."""
+    admission = Admission(Limits(blocks=1000), prefill=100, clock=clock)
+    for _ in range(30):
+        async with await admission.enter(demand("a", 100, 5)) as ticket:
+            await asyncio.sleep(30)
+            ticket.begin()
+            await asyncio.sleep(1)
+            ticket.produced(1)
+    assert admission.snapshot().prefill_speed == pytest.approx(100)
+
+
+@virtual
 async def test_a_slow_end_is_fine_unless_there_is_a_total_deadline(clock):
     events = ((1, 1, None), (100, 1, None), (1, 0, "stop"))
     admission = Admission(Limits(blocks=10), clock=clock)

@@ -87,7 +87,8 @@ class Admission:
         self._queues: dict[str, deque[_Waiting]] = {}
         self._running: set[Ticket] = set()
         self._served: dict[str, float] = {}
-        self._blocks = self._long_blocks = self._sequences = 0
+        self._long: set[Ticket] = set()  # those that were long ones when they were let in
+        self._blocks = self._sequences = 0
 
     def snapshot(self) -> Snapshot:
         """The state now."""
@@ -228,8 +229,8 @@ class Admission:
 
     def _next(self) -> _Waiting | None:
         """The first in order that fits and that nobody before it holds up."""
-        pools = self._pools
-        if self._blocks >= pools * self.limits.blocks or self._sequences >= pools * self.limits.max_concurrent:
+        full = self._blocks >= self.limits.blocks or self._sequences >= self.limits.max_concurrent
+        if full and self._seats is None:
             return None
         shorter_waits = any(not self._is_long(waiting.blocks) for waiting in self._in_order())
         now, passed, long_held = self.now(), list[_Waiting](), False
@@ -268,6 +269,8 @@ class Admission:
             ticket.seat = self._seats.seat(ticket, self.limits)
         self._running.add(ticket)
         self._count(ticket, 1)
+        if self._is_long(ticket.blocks):
+            self._long.add(ticket)
         self._served[ticket.demand.key] += ticket.demand.prompt
         self._remove(waiting)
         waiting.turn.set_result(ticket)
@@ -276,14 +279,19 @@ class Admission:
 
     def _count(self, ticket: Ticket, sign: int) -> None:
         self._blocks += sign * ticket.blocks
-        self._long_blocks += sign * ticket.blocks * self._is_long(ticket.blocks)
         self._sequences += sign * ticket.demand.sequences
+
+    @property
+    def _long_blocks(self) -> int:
+        return sum(ticket.blocks for ticket in self._long)
 
     # ── What tickets tell ───────────────────────────────────────────────────
 
     def heard_first(self, ticket: Ticket, seconds: float) -> None:
         """A ticket's prompt was read in `seconds`."""
-        self._prefill.observe(ticket.demand.prompts[0], seconds)  # the others may not have been read yet
+        demand = ticket.demand
+        all_read = not any(demand.outputs)  # by an encoder; else those after the first may not have been read yet
+        self._prefill.observe(demand.prompt if all_read else demand.prompts[0], seconds)
         if self._observer is not None:
             self._observer.first_token(ticket)
 
@@ -304,6 +312,7 @@ class Admission:
         ticket.ended = self.now()
         self._running.remove(ticket)
         self._count(ticket, -1)
+        self._long.discard(ticket)
         if ticket.finish in ("stop", "length"):
             output = ticket.tokens / ticket.demand.sequences
             self._usual_output = output if self._usual_output is None else 0.9 * self._usual_output + 0.1 * output

@@ -41,6 +41,7 @@ class Child:
         self._writer: asyncio.StreamWriter | None = None
         self._turn = asyncio.Lock()
         self._used = 0
+        self.closed = False
         self.memory = 0  # bytes that it had in use when it was ready
 
     @property
@@ -52,6 +53,9 @@ class Child:
         """The answer; raises `ChildFailed`. Whoever stops waiting for its turn is gone from the line; after that the
         child finishes what it was asked, though nobody may be left to hear it."""
         await self._turn.acquire()
+        if self.closed:
+            self._turn.release()
+            raise ChildFailed("it was closed")
         asking = asyncio.create_task(self._ask(question, timeout))
         asking.add_done_callback(self._asked)
         return await asyncio.shield(asking)
@@ -106,7 +110,8 @@ class Child:
         self._process = self._reader = self._writer = None
 
     async def close(self) -> None:
-        """End the child, also one that is at work."""
+        """End the child, also one that is at work; no other is started."""
+        self.closed = True
         if self._process is not None:
             self._process.kill()  # whoever waits for it learns that it ended
         async with self._turn:

@@ -118,6 +118,8 @@ class Generation:
 
     async def _attempt(self) -> AsyncGenerator[Piece, None]:
         self.produced = 0
+        if self.ticket is not None:
+            self.ticket.begin()
         choices = [
             self._answer(place * self.n + choice, prompt, replace(params, seed=choice_seed(params.seed, choice)))
             for place, (prompt, params) in enumerate(zip(self.prompts, self.params, strict=True))

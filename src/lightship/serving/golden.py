@@ -64,7 +64,7 @@ class Found:
 
 async def warmed(bundle: Bundle, model: ServedModel, engines: Sequence[Generates]) -> None:
     """Let each engine answer once, and its tokens become text. Raises what the engine raises."""
-    rows, _ = bundle.golden()
+    rows, _ = await asyncio.to_thread(bundle.golden)
     prompt = rows[0][: min(LONGEST, model.context - WARM)]
     params = GenerationParams(WARM, ignore_eos=True)
     await asyncio.gather(*(Generation(engine, model, [prompt], [params]).whole() for engine in engines))
@@ -72,7 +72,7 @@ async def warmed(bundle: Bundle, model: ServedModel, engines: Sequence[Generates
 
 async def replayed(bundle: Bundle, engines: Sequence[Generates]) -> Found:
     """The golden rows on each engine, all positions at once as clients would ask; the worst engine counts."""
-    rows, arrays = bundle.golden()
+    rows, arrays = await asyncio.to_thread(bundle.golden)
     starts = np.cumsum([0, *map(len, rows)])
     places = [(row, last) for row in range(len(rows)) for last in range(min(len(rows[row]), LONGEST))]
     chosen = [places[round(index)] for index in np.linspace(0, len(places) - 1, min(POSITIONS, len(places)))]

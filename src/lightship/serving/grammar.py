@@ -8,7 +8,7 @@ import hashlib
 import re
 import resource
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightship.engine import Grammar
-from lightship.errors import Overloaded, RequestError
+from lightship.errors import EngineDied, Overloaded, RequestError
 from lightship.find import find
 from lightship.serving.child import Child, ChildFailed, answer
 
@@ -40,9 +40,9 @@ class Compiles(Protocol):
 
 @dataclass
 class _Line:
-    """The grammars of one key."""
+    """The grammars of one key: how many requests wait for each."""
 
-    waiting: int = 0
+    waiting: Counter[str] = field(default_factory=Counter)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -59,8 +59,8 @@ class Grammars:
 
     async def check(self, grammar: Grammar, param: str, key: str = "") -> None:
         """Raise `RequestError` naming `param` for a grammar that cannot be used, or costs too much. Each `key` has one
-        at a time in the line of all, so that nobody waits for all that another sent; raises `Overloaded` when it has
-        too many behind that."""
+        at a time in the line of all, so that nobody waits for all that another sent; raises `Overloaded` when too many
+        others of it wait behind that."""
         if not self.supported:
             raise RequestError("this model's engine cannot hold an answer to a grammar; serve it with OpenVINO",
                                param, "unsupported_parameter")  # fmt: skip
@@ -68,7 +68,7 @@ class Grammars:
             raise RequestError(f"the grammar exceeds {MOST_BYTES} bytes", param, "schema_too_large")
         digest = hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).hexdigest()
         if digest not in self._verdicts:
-            async with self._line(key):
+            async with self._line(key, digest):
                 if digest not in self._verdicts:  # it may have been the one before
                     self._verdicts[digest] = await self._verdict(grammar)
         self._verdicts.move_to_end(digest)
@@ -78,17 +78,17 @@ class Grammars:
             raise RequestError(reason, param, "invalid_schema")
 
     @asynccontextmanager
-    async def _line(self, key: str) -> AsyncIterator[None]:
+    async def _line(self, key: str, digest: str) -> AsyncIterator[None]:
         line = self._lines.setdefault(key, _Line())
-        if line.waiting >= MOST_WAITING:
+        if digest not in line.waiting and len(line.waiting) >= MOST_WAITING:
             wait = SECONDS * MOST_WAITING
             raise Overloaded(f"too many schemas wait to be compiled; try again in {wait} s", wait)
-        line.waiting += 1
+        line.waiting[digest] += 1
         try:
             async with line.turn:
                 yield
         finally:
-            line.waiting -= 1
+            line.waiting -= Counter([digest])
             if not line.waiting:
                 del self._lines[key]
 
@@ -96,6 +96,8 @@ class Grammars:
         try:
             reply = await self._child.ask({"kind": grammar.kind, "text": grammar.text}, WALL)
         except ChildFailed:
+            if self._child.closed:
+                raise EngineDied("the server is about to stop serving this model") from None
             return f"it is too costly: compiling it took more than {SECONDS} s or {MEMORY >> 20} MiB"
         reason: str | None = reply["error"]
         return reason

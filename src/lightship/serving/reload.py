@@ -109,12 +109,12 @@ class Reloader:
         self._steps.append({"step": step, "seconds": round(time.monotonic() - began, 3)})
 
     async def _change(self, folder: str, digest: str | None) -> JSON:
-        slot, maker, kind = self._slot, self._maker, None
+        slot, maker, handed = self._slot, self._maker, False
         async with self._at("verify"):
             bundle = await asyncio.to_thread(self._verified, folder, digest)
         async with self._at("memory"):
             check_memory(bundle, len(maker.places), maker.settings.engine.kv_cache_gb)
-        chosen = maker.chosen(bundle)
+            chosen = maker.chosen(bundle)
         target = chosen.target or bundle.targets[0]
         engine = maker.engine(target, chosen) if bundle.kind == "decoder" else None
         try:
@@ -123,6 +123,7 @@ class Reloader:
                     engine.load(bundle.target_folder(target))  # here: a child ends with its parent's thread
                 kind = await asyncio.to_thread(maker.kind, bundle, engine, chosen)
                 slot.coming = new = maker.deployment(kind)
+                handed = True
                 await new.engine.start()
                 learn(new.admission, new.engine.stats)
             async with self._at("warm up"):
@@ -138,7 +139,7 @@ class Reloader:
             if (given_up := slot.coming) is not None:
                 slot.coming = None
                 await given_up.close()
-            elif engine is not None and kind is None:
+            elif engine is not None and not handed:
                 await engine.close()
         log.warning("now serving %s (%s), golden: %s %.3g", bundle.folder, bundle.digest[:12], found.what, found.mean)
         assert slot.past is not None
@@ -153,7 +154,7 @@ class Reloader:
         path = Path(folder)
         if "://" in folder or not path.is_absolute():
             raise UsageError(f"{folder[:100]!r} is no absolute path of a folder on the server's machine")
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path.resolve())  # what a link names later is another bundle
         if digest is not None and bundle.digest != digest:
             raise UsageError(f"{folder} holds another bundle than the one that was served before")
         served = self._slot.current.bundle.kind

@@ -147,7 +147,7 @@ def serve(
     Raises `UsageError` for an address that others can reach without a key or TLS, `EngineError` when the model cannot
     be loaded.
     """
-    path = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
+    path = (bundle.folder if isinstance(bundle, Bundle) else Path(bundle)).resolve()  # a link may name another later
     with Serving(settings or ServeSettings(), host, port) as serving:
         _refuse_unserved(Bundle.stated_kind(path))
         engine, chosen = None, serving.chosen(path, progress)
@@ -155,7 +155,7 @@ def serve(
             engine = serving.engine(target_of(path, chosen), chosen)
             engine.spawn()  # imports its runtime while the bundle is verified
         try:
-            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(path)
         except BaseException:
             if engine is not None:
                 engine.kill()
@@ -200,7 +200,7 @@ def running(
 ) -> Iterator[str]:
     """A server in a thread, for tests and the demo: yields its URL when it is ready, stops it afterwards. Without
     `settings` it asks for no keys."""
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle).resolve())
     _refuse_unserved(opened.kind)
     with Serving(settings or ServeSettings(keys=None), host, port) as serving:
         chosen = serving.chosen(opened.folder, log.info)

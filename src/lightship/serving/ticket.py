@@ -177,6 +177,10 @@ class Ticket:
         ends = [None if self.ttft is not None else limits.first_token_deadline, limits.total_deadline]
         return min((self.arrived + end for end in ends if end is not None), default=None)
 
+    def begin(self) -> None:
+        """An engine gets it now, perhaps once more: the speed of reading counts from here."""
+        self.started = self._gate.now()
+
     def first_token(self) -> None:
         """The prompt has been read. Further calls change nothing."""
         if self.ttft is None and not self._closed:

@@ -231,18 +231,25 @@ class Worker:
 
 
 def _backlog(got: Answer, stream: asyncio.Queue[Answer]) -> list[Answer]:
-    """`got` and all behind it, tokens that follow each other as one event: who cannot keep up with the engine gets
-    larger pieces instead of falling further behind."""
-    found, behind = [got], []
-    while not stream.empty():
-        behind.append(stream.get_nowait())
-    for each in behind:
-        last = found[-1]
-        if isinstance(last, Event) and isinstance(each, Event) and each.finish_reason != "error":
-            found[-1] = replace(each, token_ids=last.token_ids + each.token_ids, logprobs=last.logprobs + each.logprobs)
-        else:
-            found.append(each)
-    return found
+    """`got` and all behind it up to the end of the answer, tokens that follow each other as one event: who cannot keep
+    up with the engine gets larger pieces instead of falling further behind."""
+    found, tokens, logprobs, request_id = list[Answer](), list[int](), list[float](), 0
+    while True:
+        if isinstance(got, Event) and got.finish_reason != "error":
+            request_id = got.request_id
+            tokens += got.token_ids
+            logprobs += got.logprobs
+            ended = got.finish_reason is not None
+            if ended or stream.empty():
+                found.append(replace(got, token_ids=tuple(tokens), logprobs=tuple(logprobs)))
+        else:  # the tokens before it go first
+            ended = True
+            if tokens:
+                found.append(Event(request_id, tuple(tokens), tuple(logprobs)))
+            found.append(got)
+        if ended or stream.empty():
+            return found
+        got = stream.get_nowait()
 
 
 # ── The child's side ────────────────────────────────────────────────────────
