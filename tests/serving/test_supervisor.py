@@ -463,10 +463,13 @@ def test_a_child_that_sends_garbage_is_killed_and_replaced(tmp_path, lie):
 
 
 def test_an_answer_that_was_complete_is_whole_when_its_engine_goes_before_it_is_read(tmp_path):
+    faults(tmp_path, slow=0.1)  # so that the first piece is not all of it already
+
     async def run():
         async with supervised(tmp_path) as supervisor:
             stream = supervisor.generate([1], GenerationParams(max_tokens=6))
-            found = list((await anext(stream)).token_ids)
+            first = await anext(stream)
+            found, finish = list(first.token_ids), first.finish_reason
             await until(lambda: supervisor._worker.produced == 6 and not supervisor._worker.working)
             os.kill(supervisor.pid, signal.SIGKILL)
             await until(lambda: not supervisor._worker.ready)
