@@ -233,6 +233,8 @@ class Worker:
 def _backlog(got: Answer, stream: asyncio.Queue[Answer]) -> list[Answer]:
     """`got` and all behind it up to the end of the answer, tokens that follow each other as one event: who cannot keep
     up with the engine gets larger pieces instead of falling further behind."""
+    if stream.empty():
+        return [got]
     found, tokens, logprobs, request_id = list[Answer](), list[int](), list[float](), 0
     while True:
         if isinstance(got, Event) and got.finish_reason != "error":
