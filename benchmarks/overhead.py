@@ -130,9 +130,9 @@ def profiled(folder: Path, port: int, clients: int, kept: Path) -> list[list[str
     with serving(folder, port, kept) as (url, _):
         tokens = drain(url, clients, chat=True)
     stats = pstats.Stats(str(kept), stream=io.StringIO())
-    total: float = stats.total_tt  # type: ignore[attr-defined]
+    total: float = stats.total_tt  # type: ignore[attr-defined]  # typeshed leaves it out
     rows = [["function", "own time", "calls a token"]]
-    found = sorted(stats.stats.items(), key=lambda item: -item[1][2])  # type: ignore[attr-defined]
+    found = sorted(stats.stats.items(), key=lambda item: -item[1][2])  # type: ignore[attr-defined]  # as above
     for (file, _, name), (_, calls, own, _, _) in found:
         if "poll" in name or len(rows) > TOP:  # waiting
             continue

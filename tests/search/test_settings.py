@@ -84,7 +84,10 @@ def test_the_winner_is_judged_with_exactly_its_settings():
 
 def test_what_only_fails_when_judged_exactly_is_out():
     """Its arithmetic passed before, with other settings."""
-    bad = lambda s: "worse" if s.threads and s.max_batched_tokens == 4096 else None  # noqa: E731
+
+    def bad(s):
+        return "worse" if s.threads and s.max_batched_tokens == 4096 else None
+
     trials = Invented(lambda s: 100 * (1 + bool(s.threads)) * (1 + (s.max_batched_tokens > 512)), bad)
     found = search(trials, threads(2), batched(4096))
     winner, _ = found.run()

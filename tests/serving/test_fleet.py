@@ -29,7 +29,7 @@ POOL = Limits(blocks=10, max_concurrent=4)
 
 
 @contextlib.asynccontextmanager
-async def fleet_of(folder, count=2, settings=EngineSettings(), care=QUICK):  # noqa: B008
+async def fleet_of(folder, count=2, settings=EngineSettings(), care=QUICK):  # noqa: B008 (it is frozen)
     fleet = Fleet("fake", settings, care, [Place()] * count)
     fleet.load(folder)
     try:

@@ -33,7 +33,7 @@ def faults(folder, **fields):
 
 
 @contextlib.asynccontextmanager
-async def supervised(folder, care=QUICK, kind=Supervisor, target="fake", settings=EngineSettings()):  # noqa: B008
+async def supervised(folder, care=QUICK, kind=Supervisor, target="fake", settings=EngineSettings()):  # noqa: B008 (it is frozen)
     supervisor = kind(target, settings, care)
     supervisor.load(folder)
     try:

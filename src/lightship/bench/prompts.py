@@ -122,12 +122,12 @@ class Synthetic:
     _shared: list[Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        chance = random.Random(f"{self.seed} prefix")  # noqa: S311
+        chance = random.Random(f"{self.seed} prefix")  # noqa: S311 (prompts, not secrets)
         object.__setattr__(self, "_shared", self.prose.piece(self.prefix, chance) if self.prefix else [])
 
     def content(self, number: int) -> Any:
         """The prompt of request `number`."""
-        chance = random.Random(f"{self.seed} {number}")  # noqa: S311
+        chance = random.Random(f"{self.seed} {number}")  # noqa: S311 (prompts, not secrets)
         units = [*self._shared, *self.prose.piece(self.length, chance)]
         return units if isinstance(units[0], int) else " ".join(units)
 

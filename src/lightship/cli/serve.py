@@ -12,7 +12,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-class Workers(click.ParamType):  # type: ignore[type-arg]
+class Workers(click.ParamType):  # type: ignore[type-arg]  # click 8.2 has it without
     """A number of engines, or `auto`."""
 
     name = "workers"
