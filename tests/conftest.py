@@ -86,3 +86,14 @@ def bundle_path(llama, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ship") / "tiny"
     ship(Recipe(source=str(llama.folder), precision=Precision(name="fp32")), out)
     return out
+
+
+@pytest.fixture(scope="session")
+def both_path(llama, tmp_path_factory) -> Path:
+    """The same for OpenVINO and ONNX Runtime in one bundle."""
+    from lightship.pipeline import ship
+    from lightship.recipe import Precision, Recipe
+
+    out = tmp_path_factory.mktemp("both") / "tiny"
+    ship(Recipe(source=str(llama.folder), target=("openvino", "onnx"), precision=Precision(name="fp32")), out)
+    return out

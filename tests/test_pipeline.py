@@ -111,7 +111,7 @@ def test_an_accepted_limit_holds_for_the_export_too(llama, tmp_path, monkeypatch
     monkeypatch.setattr(parity, "check_parity", lambda found, limit, stage, _: limits.append((stage, limit)))
     recipe = Recipe(source=str(llama.folder), precision=Precision(name="fp32"), accept=("kld<=0.3",))
     convert(recipe, tmp_path / "ir")
-    assert limits == [("gate export", 0.3), ("gate", 0.3)]
+    assert limits == [("gate export openvino", 0.3), ("gate openvino", 0.3)]
 
 
 def test_a_short_context_ships(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from lightship import costs, machine, preflight
 from lightship.checkpoint import Checkpoint
 from lightship.costs import Rates
-from lightship.decoder_pipeline import STAGES
+from lightship.decoder_pipeline import stages
 from lightship.errors import MissingExtra, SourceError, UnsafeSource, UnsupportedError
 from lightship.evaluation.text import amount
 from lightship.pipeline import convert, plan_convert, plan_run, plan_ship, run, ship
@@ -24,6 +24,7 @@ from tests.tiny import tiny_gpt2, tiny_llama
 
 STEADY = Rates(exact=1e11, fast=3e11, memory=2e10, file=1e9, slow=1.0)
 GB = 10**9
+STAGES = stages(["openvino"])
 
 
 @pytest.fixture
@@ -129,10 +130,12 @@ def test_disk_is_predicted_as_it_is_used(llama, tmp_path):
     """Stage by stage against the files of a run: log-probabilities and weights; a tiny graph's XML is no figure."""
     recipe = Recipe(source=str(llama.folder), name="tiny", out=str(tmp_path / "out"), accept=("kld<=0.5",))
     shape = peek(recipe.source).shape
-    predicted = costs.predict(shape, recipe.precision, amount(recipe, shape.context), STEADY)
+    predicted = costs.predict(shape, amount(recipe, shape.context), STEADY, {"openvino": recipe.precision})
     bundle = run(recipe, runs=tmp_path / "runs")
-    for stage, files in (("original", "*.npy"), ("export", "*model.bin"), ("quantise", "*model.bin")):
-        folder = next((tmp_path / "runs" / "tiny").glob(f"0?-{stage}-*"))
+    for stage, files in (
+        ("original", "*.npy"), ("export openvino", "*model.bin"), ("quantise openvino", "*model.bin"),
+    ):  # fmt: skip
+        folder = next((tmp_path / "runs" / "tiny").glob(f"0?-{stage.replace(' ', '-')}-*"))
         size = sum(path.stat().st_size for path in folder.rglob(files))
         constants = costs.TARGETS["openvino"]
         fixed = 0 if stage == "original" else constants.graph_layer * shape.layers + constants.tokenizers * shape.files
@@ -157,8 +160,8 @@ def test_more_work_costs_more(llama):
     shape, recipe = peek(str(llama.folder)).shape, Recipe(source="x")
     tokens = amount(recipe, shape.context)
 
-    def totals(shape=shape, precision=recipe.precision, tokens=tokens, rates=STEADY):
-        found = costs.predict(shape, precision, tokens, rates).values()
+    def totals(shape=shape, precision=recipe.precision, tokens=tokens, rates=STEADY, targets=("openvino",)):
+        found = costs.predict(shape, tokens, rates, dict.fromkeys(targets, precision)).values()
         return sum(cost.seconds for cost in found), max(cost.memory for cost in found), sum(cost.kept for cost in found)
 
     seconds, memory, kept = totals()
@@ -169,15 +172,34 @@ def test_more_work_costs_more(llama):
     whole = amount(Recipe(source="x", evaluate="full"), shape.context)
     assert totals(tokens=whole)[0] > seconds
     assert totals(large, Precision(name="fp32"))[2] > totals(large)[2]
+    one, both = totals(large), totals(large, targets=("onnx", "openvino"))
+    assert all(more > less for more, less in zip(both, one, strict=True))
     searched = amount(Recipe(source="x", precision=Precision(name="int4")), shape.context)
     for figure in (0, 1):  # scales are searched with calibration data
         assert totals(large, Precision(name="int4"), searched)[figure] > totals(large)[figure]
 
 
 def test_every_stage_has_its_cost(llama, tmp_path):
-    assert set(costs.STAGES) == set(STAGES)
-    for target in costs.TARGETS:
-        assert plan_ship(Recipe(source=str(llama.folder), target=target), tmp_path / "out").predicted
+    for target in (*costs.TARGETS, tuple(costs.TARGETS)):
+        planned = plan_ship(Recipe(source=str(llama.folder), target=target), tmp_path / "out")
+        assert planned.predicted
+        assert len(planned.steps) == (9 if isinstance(target, str) else 14)
+
+
+def test_a_second_target_adds_time_and_disk_and_what_the_first_leaves_in_memory(llama):
+    """Each has its turn: no stage needs both; what ONNX Runtime does not give back is there in the other's turn."""
+    shape = replace(peek(str(llama.folder)).shape, parameters=10**9, size=2 * 10**9, table=10**8, width=2)
+    tokens, int8 = amount(Recipe(source="x"), shape.context), Precision(name="int8")
+    onnx, openvino, both, turned = (
+        costs.predict(shape, tokens, STEADY, dict.fromkeys(targets, int8))
+        for targets in (["onnx"], ["openvino"], ["openvino", "onnx"], ["onnx", "openvino"])
+    )
+    assert both["quantise onnx"] == onnx["quantise onnx"] and both["gate openvino"] == openvino["gate openvino"]
+    assert turned["gate openvino"].memory > openvino["gate openvino"].memory
+    assert both["pack"].kept == onnx["pack"].kept + openvino["pack"].kept
+    for one in (onnx, openvino):
+        assert both["evaluate"].seconds > one["evaluate"].seconds
+        assert both["evaluate"].memory >= one["evaluate"].memory
 
 
 @pytest.mark.parametrize("precision", [
@@ -187,9 +209,9 @@ def test_onnx_takes_more_memory_and_disk(llama, precision):
     """Its exports are in float32, its scales are finer, and its room is not given back."""
     shape = replace(peek(str(llama.folder)).shape, parameters=10**9, size=2 * 10**9, table=10**8, width=2)
     tokens = amount(Recipe(source="x"), shape.context)
-    one, other = (costs.predict(shape, precision, tokens, STEADY, target) for target in ("openvino", "onnx"))
-    assert other["export"].kept > 3.9e9 and other["evaluate"].memory > one["evaluate"].memory
-    assert (other["quantise"].kept > one["quantise"].kept) == (precision.name != "fp32")
+    one, other = (costs.predict(shape, tokens, STEADY, {target: precision}) for target in ("openvino", "onnx"))
+    assert other["export onnx"].kept > 3.9e9 and other["evaluate"].memory > one["evaluate"].memory
+    assert (other["quantise onnx"].kept > one["quantise openvino"].kept) == (precision.name != "fp32")
 
 
 def test_a_plan_adds_up(tmp_path):
@@ -349,10 +371,10 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(bundle_path, llama, copy, tmp
 
 def test_a_dry_run_says_which_stages_are_done(llama, tmp_path):
     recipe = Recipe(source=str(llama.folder), name="tiny", out=str(tmp_path / "out"), accept=("kld<=0.5",))
-    done = ["original", "export", "gate export", "quantise"]
+    done = ["original", "export openvino", "gate export openvino", "quantise openvino"]
 
     def stop(line):
-        if line.endswith("] gate"):
+        if line.endswith("] gate openvino"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -371,7 +393,11 @@ def test_a_dry_run_says_which_stages_are_done(llama, tmp_path):
         return [step.name for step in steps if step.done]
 
     assert finished(precision=Precision(name="int8", arithmetic="f32")) == done[:3]
-    assert finished(accept=("kld<=0.6",)) == ["original", "export", "quantise"]  # a limit decides verdicts only
+    assert finished(accept=("kld<=0.6",)) == [
+        "original",
+        "export openvino",
+        "quantise openvino",
+    ]  # a limit decides verdicts only
     run(recipe, runs=tmp_path / "runs")
     assert finished() == list(STAGES) and plan_run(recipe, runs=tmp_path / "runs").said() == "nothing to do"
     shutil.rmtree(tmp_path / "out")
@@ -385,7 +411,7 @@ def test_a_file_that_is_not_unpacked_yet(llama, tmp_path):
     recipe = Recipe(source=str(path), name="tiny", out=str(tmp_path / "out"))
 
     def stop(line):
-        if line.endswith("] export"):
+        if line.endswith("] export openvino"):
             raise KeyboardInterrupt
 
     assert not any(step.done for step in plan_run(recipe, runs=tmp_path / "runs").steps)

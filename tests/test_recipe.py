@@ -83,3 +83,14 @@ def test_runs_of_two_targets_have_two_names():
     assert Recipe(source="some/model/").label == "model-int8"
     assert Recipe(source="x.gguf", target="onnx", precision=Precision(name="int4")).label == "x-int4-onnx"
     assert Recipe(source="x", target="onnx", name="mine").label == "mine"
+    assert Recipe(source="x", target=("openvino", "onnx")).label == "x-int8-openvino-onnx"
+
+
+def test_targets_in_a_recipe(tmp_path):
+    """A name, or a list of names; a list of one is that one."""
+    read = [read_recipe(write(tmp_path, f"source: x\ntarget: {target}")) for target in ("onnx", "[onnx]", "[a, onnx]")]
+    assert [recipe.target for recipe in read] == ["onnx", "onnx", ("a", "onnx")]
+    assert [recipe.targets for recipe in (*read, Recipe(source="x"))] == [("onnx",), ("onnx",), ("a", "onnx"), ()]
+    for wrong in ("[]", "[onnx, onnx]", "3"):
+        with pytest.raises(UsageError, match="target"):
+            read_recipe(write(tmp_path, f"source: x\ntarget: {wrong}"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightship.bundle import Bundle
+from lightship.decoder_pipeline import PER_TARGET, stages
 from lightship.errors import UsageError
 from lightship.pipeline import run
 from lightship.recipe import Precision, Recipe
@@ -31,20 +32,34 @@ def again(recipe, folder):
     return bundle, [line.split("] ")[1] for line in made], lines[-1]
 
 
+def of_openvino(*names):
+    return [f"{name} openvino" for name in names]
+
+
 def test_a_run_resumes(recipe, tmp_path):
     first, made, _ = again(recipe, tmp_path)
-    assert made == ["read", "original", "export", "gate export", "quantise", "gate", "served path", "evaluate", "pack"]
+    assert made == list(stages(["openvino"]))
     second, made, word = again(recipe, tmp_path)
     assert made == ["read"] and word == f"nothing to do: {recipe.out} is up to date"  # a folder is read where it lies
     assert second.digest == first.digest
 
     exact = recipe.model_copy(update={"precision": Precision(name="int8", arithmetic="f32")})
     third, made, _ = again(exact, tmp_path)
-    assert made == ["read", "quantise", "gate", "served path", "evaluate", "pack"]
+    assert made == ["read", *of_openvino("quantise", "gate", "served path"), "evaluate", "pack"]
     assert third.digest != first.digest and Bundle.open(Path(recipe.out)).digest == third.digest
 
     wider = exact.model_copy(update={"accept": ("kld<=0.6",)})  # only the verdicts depend on a limit
-    assert again(wider, tmp_path)[1] == ["read", "gate export", "gate", "served path", "pack"]
+    assert again(wider, tmp_path)[1] == ["read", *of_openvino("gate export", "gate", "served path"), "pack"]
+
+
+def test_another_target_does_only_its_own_stages(recipe, tmp_path):
+    """What the original said, and what was made for the first target, is found again."""
+    first, *_ = again(recipe, tmp_path)
+    both = recipe.model_copy(update={"target": ("openvino", "onnx")})
+    second, made, _ = again(both, tmp_path)
+    assert made == ["read", *(f"{stage} onnx" for stage in PER_TARGET), "evaluate", "pack"]
+    assert (first.targets, second.targets) == (["openvino"], ["openvino", "onnx"])
+    assert again(both, tmp_path)[1] == ["read"]
 
 
 def test_another_bundle_in_the_way_is_kept(recipe, bundle_path, tmp_path):

@@ -54,11 +54,6 @@ class Bundle:
         return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest())
 
     @staticmethod
-    def stated_target(path: Path | str) -> str:
-        """The preferred target as the manifest at `path` states it, nothing verified: only to prepare for it."""
-        return str(_parse(_manifest_bytes(Path(path)))["targets"][0])
-
-    @staticmethod
     def stated_digest(path: Path | str) -> str:
         """The digest of the manifest at `path`, nothing verified: only to prepare for it."""
         return hashlib.sha256(_manifest_bytes(Path(path))).hexdigest()
@@ -98,6 +93,10 @@ class Bundle:
     def report(self) -> Report:
         """What was measured when the bundle was made."""
         return Report.from_json(self._read("report.json").decode("utf-8", "replace"))
+
+    def measured(self, target: str) -> Report:
+        """The report with the figures of `target` only, under their plain names."""
+        return self.report.of_target(target, self.targets)
 
     @property
     def size_bytes(self) -> int:

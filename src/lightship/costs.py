@@ -6,7 +6,8 @@ A plain model, one function a stage, that anyone can check by hand. Its constant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightship import machine
@@ -371,46 +372,52 @@ def _served_path(run: _Run) -> Cost:
     return Cost(seconds, HEAP + run.served_memory)
 
 
-def _evaluate(run: _Run) -> Cost:
-    """Held-out passages through original and candidate; then the speed of each in a process of its own."""
+def _evaluate(runs: Sequence[_Run]) -> Cost:
+    """Held-out passages through original and candidates; then the speed of each in a process of its own."""
+    run, held = runs[0], sum(each.held for each in runs)
     shape, rates, amount = run.shape, run.rates, run.amount
     passing = run.logits(amount.score_kept)
     seconds = LOAD * rates.slow + run.exact(amount.score, passes=amount.passages) + RECORD * passing / FLOAT
-    seconds += run.opened_served + run.operations(amount.score) / run.fast + COMPARE * passing / FLOAT
     speed = rates.fast if shape.width == 2 else rates.exact
     original = run.operations(amount.prompt) / speed + amount.new_tokens * run.step()
-    token = run.served / (STREAM * rates.memory)
-    candidate = run.operations(amount.prompt) / run.fast + amount.new_tokens * token
-    seconds += (2 * PROBE + IMPORT + LOAD) * rates.slow + run.opened_served
-    seconds += amount.speed_runs * (original + candidate) + run.hashing
+    seconds += (PROBE + IMPORT + LOAD) * rates.slow + amount.speed_runs * original + run.hashing
+    for each in runs:
+        token = each.served / (STREAM * rates.memory)
+        candidate = each.operations(amount.prompt) / each.fast + amount.new_tokens * token
+        seconds += each.opened_served + each.operations(amount.score) / each.fast + COMPARE * passing / FLOAT
+        seconds += PROBE * rates.slow + each.opened_served + amount.speed_runs * candidate
     memory = max(
         run.original_memory(amount.passage),
-        run.graph_memory(run.served),
+        *(each.graph_memory(each.served) for each in runs),
         LIBRARIES + shape.size + 0.1e9,  # the original in its own process, beside this one
     )
-    return Cost(seconds, HEAP + run.held + memory, passing=passing)
+    return Cost(seconds, HEAP + held + memory, passing=passing)
 
 
-def _pack(run: _Run) -> Cost:
-    """The likeliest tokens of the longest row sorted out, the runtime folder copied and hashed, twice."""
+def _pack(runs: Sequence[_Run]) -> Cost:
+    """The likeliest tokens of the longest row sorted out, the runtime folders copied and hashed, twice."""
+    run, size = runs[0], sum(each.runtime for each in runs)
     sorting = SORT * run.logits(run.amount.longest) / FLOAT
-    return Cost(sorting + 3 * run.runtime / run.rates.file + run.hashing, HEAP + run.held, kept=run.runtime)
+    memory = HEAP + sum(each.held for each in runs)
+    return Cost(sorting + 3 * size / run.rates.file + run.hashing, memory, kept=size)
 
 
-STAGES = {
-    "read": _read,
-    "original": _original,
+EACH = {
     "export": _export,
     "gate export": _gate_export,
     "quantise": _quantise,
     "gate": _gate,
     "served path": _served_path,
-    "evaluate": _evaluate,
-    "pack": _pack,
 }
 
 
-def predict(shape: Shape, precision: Precision, amount: Amount, rates: Rates, target: str = "openvino") -> Costs:
-    """What each stage costs with `target`."""
-    run = _Run(shape, precision, amount, rates, target)
-    return {name: stage(run) for name, stage in STAGES.items()}
+def predict(shape: Shape, amount: Amount, rates: Rates, targets: Mapping[str, Precision]) -> Costs:
+    """What each stage costs with `targets`, which have their turns in that order, each with its precision."""
+    runs = [_Run(shape, precision, amount, rates, target) for target, precision in targets.items()]
+    found, held = {"read": _read(runs[0]), "original": _original(runs[0])}, 0.0
+    for run in runs:
+        for name, stage in EACH.items():
+            cost = stage(run)
+            found[f"{name} {run.target}"] = replace(cost, memory=cost.memory + held)
+        held += run.held  # what an earlier target leaves behind in this process
+    return {**found, "evaluate": _evaluate(runs), "pack": _pack(runs)}

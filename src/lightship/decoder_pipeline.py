@@ -1,4 +1,5 @@
-"""The walk of a model that generates: read → original → export → gate → quantise → gate → evaluate → pack.
+"""The walk of a model that generates: read → original → (export → gate → quantise → gate) per target → evaluate
+→ pack.
 
 Beside `pipeline`, which holds the verbs, and `encoder_pipeline` the only module that knows several stages.
 """
@@ -9,8 +10,8 @@ import gc
 import itertools
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lightship import several
 from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint, sha256
 from lightship.engine import EngineSettings
@@ -31,158 +33,174 @@ from lightship.kind import GENERATORS
 from lightship.machine import machine
 from lightship.output import appear
 from lightship.papers import manifest_of, report_of, write_papers
-from lightship.recipe import KLD_LIMITS, Recipe, parse_accepts
+from lightship.recipe import KLD_LIMITS, Precision, Recipe, parse_accepts
 from lightship.report import Metric, Report
 from lightship.serving import tools
+from lightship.several import Passed, Runtime
 from lightship.sources import look
 from lightship.template import load_template
-from lightship.work import Stage, Work, digest_of
+from lightship.work import Progress, Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
-CONVERT = ("read", "original", "export", "gate export", "quantise", "gate", "served path")
-STAGES = (*CONVERT, "evaluate", "pack")  # of a run
+PER_TARGET = ("export", "gate export", "quantise", "gate", "served path")
 TARGET = "openvino"  # when the recipe names none
+
+
+Targets = Mapping[str, Precision]  # each with the precision as it carries that out, the preferred one first
+
+
+def stages(targets: Iterable[str], convert: bool = False) -> tuple[str, ...]:
+    """Every stage of a run, in order."""
+    return several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe on its way: where its finished stages lie, and who hears of them."""
+    """A recipe on its way to the target called `name`, with that target's precision: where its finished stages lie, and
+    who hears of them."""
 
     recipe: Recipe
     work: Work
+    name: str
 
     @property
     def target(self) -> ModuleType:
         """The module of the runtime format."""
         return find("targets", self.name)
 
-    @property
-    def name(self) -> str:
-        """What the runtime format is called."""
-        return self.recipe.target or TARGET
-
 
 # ── Stages ──────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class Gated:
-    """A runtime folder that passed every gate, and what it came from."""
+class Source:
+    """The original, and the tokens to gate, score and calibrate with."""
 
     checkpoint: Checkpoint
     texts: Texts | PairTexts
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Runtime folders that passed every gate, by target, and what they came from."""
+
+    source: Source
     original: Stage
-    runtime: Stage
-    gates: tuple[Stage, ...]
+    runtimes: Passed[Runtime]
 
     @property
-    def folder(self) -> Path:
-        """The runtime folder itself."""
-        return self.runtime.folder / "runtime"
+    def folders(self) -> dict[str, Path]:
+        """The runtime folders themselves."""
+        return {target: runtime.folder for target, runtime in self.runtimes.made.items()}
 
     @property
-    def metrics(self) -> list[Metric]:
-        """What the gates measured."""
-        return [metric for stage in self.gates for metric in _metrics(stage)]
+    def digests(self) -> list[str]:
+        """Of the runtime folders."""
+        return [runtime.stage.digest for runtime in self.runtimes.made.values()]
 
 
 @dataclass(frozen=True)
 class Built:
-    """Everything a bundle is packed from."""
+    """Everything a bundle is packed from: the targets that kept their limits, in the order they were named."""
 
     gated: Gated
     evaluated: Stage
 
-    @property
-    def metrics(self) -> list[Metric]:
-        """Of the gates and of the evaluation."""
-        return self.gated.metrics + _metrics(self.evaluated)
+    def scored(self, limit: float, say: Progress = lambda line: None) -> Passed[list[Metric]]:
+        """What was measured of each target whose divergence on the scored text is within `limit`, as the gates ask of
+        theirs; the others are left out. Raises `LimitExceeded` where none is."""
+        metrics = _by_target(self.evaluated)
 
-    def check(self, limit: float) -> None:
-        """Raise `LimitExceeded` when the divergence on the scored text is above `limit`, as the gates do on theirs."""
-        kld = next(metric for metric in _metrics(self.evaluated) if metric.name == "kld")
-        if not kld.value <= limit:
+        def check(target: str) -> list[Metric]:
+            kld = next(metric for metric in metrics[target] if metric.name == "kld")
+            if kld.value <= limit:
+                return self.gated.runtimes.made[target].metrics + metrics[target]
             raise LimitExceeded(
                 f"evaluate: mean KLD {kld.value:.3g} on the scored text exceeds {limit:g}; nothing is shipped",
                 hint=f'raise the precision, or accept it on purpose: --accept "kld<={parity.above(kld.value)}"',
             )
 
+        return several.passed(metrics, check, say)
+
     @property
     def digests(self) -> list[str]:
         """Of the stages that decide what is in the bundle."""
-        return [self.gated.original.digest, self.gated.runtime.digest, self.evaluated.digest]
+        return [self.gated.original.digest, *self.gated.digests, self.evaluated.digest]
 
 
-def _metrics(stage: Stage) -> list[Metric]:
-    return [Metric(**entry) for entry in stage.result["metrics"]]
+def _by_target(evaluated: Stage) -> dict[str, list[Metric]]:
+    return {target: several.metrics(found) for target, found in evaluated.result["targets"].items()}
 
 
-def _kept(metrics: Sequence[Metric]) -> dict[str, Any]:
-    return {"metrics": [asdict(metric) for metric in metrics]}
-
-
-def build(recipe: Recipe, work: Work) -> Built:
-    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails."""
-    built = stages(recipe, work)
-    built.check(recipe.kld_limit())
+def build(recipe: Recipe, work: Work, targets: Targets) -> Built:
+    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails; of several
+    targets those that fail are left out, and said, as long as one passes."""
+    built = walk(recipe, work, targets)
+    built.scored(recipe.kld_limit(), work.say)
     return built
 
 
-def stages(recipe: Recipe, work: Work) -> Built:
+def walk(recipe: Recipe, work: Work, targets: Targets) -> Built:
     """As `build`, but a divergence above its limit on the scored text is no error."""
-    run, found = Run(recipe, work), gated(recipe, work)
-    return Built(found, _evaluate(run, found.checkpoint, found.folder, found.texts, found.runtime.digest))
+    found = gated(recipe, work, targets)
+    return Built(found, _evaluate(recipe, work, found.source, found.folders, found.digests))
 
 
-def gated(recipe: Recipe, work: Work) -> Gated:
-    """From the source to a runtime folder that passed every gate."""
-    run = Run(recipe, work)
-    checkpoint, texts = _read(run)
-    original = _original(run, checkpoint, texts)
+def gated(recipe: Recipe, work: Work, targets: Targets) -> Gated:
+    """From the source to runtime folders that passed every gate; one at least."""
+    source = _read(recipe, work)
+    original = _original(work, source)
     gate = divergence.reopen(original.folder)
-    exported = _export(run, checkpoint)
-    gates = [_gate_export(run, checkpoint, exported, original, gate)]
-    runtime = _quantise(run, exported, texts)
-    gates += [_gate_candidate(run, runtime, original, gate), _gate_served(run, runtime, original, gate)]
-    return Gated(checkpoint, texts, original, runtime, tuple(gates))
+
+    def make(name: str) -> Runtime:
+        run = Run(recipe.model_copy(update={"precision": targets[name]}), work, name)
+        exported = _export(run, source.checkpoint)
+        first = _gate_export(run, source.checkpoint, exported, original, gate)
+        runtime = _quantise(run, exported, source.texts)
+        others = _gate_candidate(run, runtime, original, gate), _gate_served(run, runtime, original, gate)
+        return Runtime(runtime, (first, *others))
+
+    return Gated(source, original, several.passed(targets, make, work.say))
 
 
-def _read(run: Run) -> tuple[Checkpoint, Texts | PairTexts]:
-    """The checkpoint, and the tokens to gate, score and calibrate with. Only what is converted is kept."""
-    recipe, number = run.recipe, run.work.announce("read")
-    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=run.work.say)
+def _read(recipe: Recipe, work: Work) -> Source:
+    """The checkpoint and its texts. Only what is converted is kept."""
+    number = work.announce("read")
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say)
     if found.depends is None:
-        checkpoint = found.read(run.work.folder, run.work.say)
+        checkpoint = found.read(work.folder, work.say)
     else:
 
         def make(folder: Path) -> None:
-            found.read(folder / "model", run.work.say)
+            found.read(folder / "model", work.say)
 
-        checkpoint = Checkpoint(run.work.stage("read", found.depends, make, number=number).folder / "model")
+        checkpoint = Checkpoint(work.stage("read", found.depends, make, number=number).folder / "model")
     if checkpoint.kind not in GENERATORS:
         raise UnsupportedError(f"{recipe.source} became a {checkpoint.kind}; adapters are merged into decoders only",
                                hint="merge it with PEFT and give the merged folder")  # fmt: skip
-    run.work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
+    work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
     texts = pairs.cut(recipe, checkpoint) if checkpoint.kind == "seq2seq" else cut(recipe, checkpoint)
-    return checkpoint, texts
+    return Source(checkpoint, texts)
 
 
-def _original(run: Run, checkpoint: Checkpoint, texts: Texts | PairTexts) -> Stage:
+def _original(work: Work, source: Source) -> Stage:
     """Record the original's log-probabilities on the gate's rows, then free it."""
 
     def make(folder: Path) -> None:
-        original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-        found = parity.record(original, texts.gate_batches(original), folder)
-        run.work.say(f"its own rounding moves log p by up to {found.rounding:.1e}")
+        original = find("targets", "pytorch").open_scorer(source.checkpoint.folder)
+        found = parity.record(original, source.texts.gate_batches(original), folder)
+        work.say(f"its own rounding moves log p by up to {found.rounding:.1e}")
 
-    return run.work.stage("original", {"checkpoint": checkpoint.digest(), "tokens": digest_of(texts.gate)}, make)
+    depends = {"checkpoint": source.checkpoint.digest(), "tokens": digest_of(source.texts.gate)}
+    return work.stage("original", depends, make)
 
 
 def _export(run: Run, checkpoint: Checkpoint) -> Stage:
     """Export at the dtype that the precision asks for."""
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(run.recipe.precision.name)
     depends = {"checkpoint": checkpoint.digest(), "target": run.name, "dtype": dtype}
-    return run.work.stage("export", depends, lambda folder: run.target.export(checkpoint, folder / "runtime", dtype))
+    return run.work.stage(f"export {run.name}", depends,
+                          lambda folder: run.target.export(checkpoint, folder / "runtime", dtype))  # fmt: skip
 
 
 def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: Stage, gate: Reference) -> Stage:
@@ -195,10 +213,10 @@ def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: St
 
     def make(folder: Path) -> dict[str, Any]:
         found = parity.parity(gate, run.target.open_scorer(exported.folder / "runtime", EXACT))
-        return _judged(run, found, limit, "gate export", "export_", error_limit)
+        return _judged(run, found, limit, f"gate export {run.name}", "export_", error_limit)
 
     depends = {"export": exported.digest, "original": original.digest, "limit": limit, "error limit": str(error_limit)}
-    return run.work.stage("gate export", depends, make)
+    return run.work.stage(f"gate export {run.name}", depends, make)
 
 
 def _judged(
@@ -211,7 +229,7 @@ def _judged(
     run.work.say(f"limit on mean KLD {limit:g}{other}")
     parity.check_parity(found, limit, stage, error_limit)
     gc.collect()
-    return _kept(parity.parity_metrics(found, prefix))
+    return several.kept(parity.parity_metrics(found, prefix))
 
 
 def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
@@ -228,7 +246,7 @@ def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
 
     depends = {"export": exported.digest, "precision": precision.model_dump(mode="json"),
                "calibration": digest_of(texts.calibrate)}  # fmt: skip
-    return run.work.stage("quantise", depends, make)
+    return run.work.stage(f"quantise {run.name}", depends, make)
 
 
 def _gate_candidate(run: Run, runtime: Stage, original: Stage, gate: Reference) -> Stage:
@@ -236,10 +254,11 @@ def _gate_candidate(run: Run, runtime: Stage, original: Stage, gate: Reference) 
     limit = run.recipe.kld_limit()
 
     def make(folder: Path) -> dict[str, Any]:
-        return _judged(run, parity.parity(gate, run.target.open_scorer(runtime.folder / "runtime")), limit, "gate")
+        found = parity.parity(gate, run.target.open_scorer(runtime.folder / "runtime"))
+        return _judged(run, found, limit, f"gate {run.name}")
 
     depends = {"runtime": runtime.digest, "original": original.digest, "limit": limit}
-    return run.work.stage("gate", depends, make)
+    return run.work.stage(f"gate {run.name}", depends, make)
 
 
 def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> Stage:
@@ -252,10 +271,10 @@ def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> 
         metric = parity.check_served(expected, _served_logprobs(engine, row), limit)
         engine.close()
         run.work.say(f"mean |Δ log p| {metric.value:.2e} over {metric.n} tokens")
-        return _kept([metric])
+        return several.kept([metric])
 
     depends = {"runtime": runtime.digest, "original": original.digest, "limit": limit}
-    return run.work.stage("served path", depends, make)
+    return run.work.stage(f"served path {run.name}", depends, make)
 
 
 def _served_logprobs(engine: Any, row: Batch) -> npt.NDArray[np.float32]:
@@ -266,78 +285,102 @@ def _served_logprobs(engine: Any, row: Batch) -> npt.NDArray[np.float32]:
     return found
 
 
-def _evaluate(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts | PairTexts, digest: str) -> Stage:
-    """Quality on held-out text; then speed and memory of original and candidate, a fresh process each."""
-    recipe = run.recipe
+def _evaluate(
+    recipe: Recipe, work: Work, source: Source, runtimes: Mapping[str, Path], digests: Sequence[str]
+) -> Stage:
+    """Quality on held-out text; then speed and memory of original and candidates, a fresh process each."""
+    checkpoint, texts = source.checkpoint, source.texts
 
     def make(folder: Path) -> dict[str, Any]:
-        metrics = _quality(run, checkpoint, runtime, texts, folder / "reference")
+        metrics = _scored(source, runtimes, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
-        candidate = memory.probe(run.name, runtime, **repeats)
-        metrics += memory.paired(original, candidate)
-        metrics.append(memory.size_metric(runtime, checkpoint.size_bytes))
+        for name, runtime in runtimes.items():
+            metrics[name] += memory.paired(original, memory.probe(name, runtime, **repeats))
+            metrics[name].append(memory.size_metric(runtime, checkpoint.size_bytes))
         if recipe.golden is not None:
-            metrics += _golden_cases(run, Path(recipe.golden), checkpoint, runtime)
-        return _kept(metrics)
+            for name, found in _golden_cases(work, Path(recipe.golden), checkpoint, runtimes).items():
+                metrics[name] += found
+        return {"targets": {name: several.kept(found) for name, found in metrics.items()}}
 
-    depends = {"runtime": digest, "checkpoint": checkpoint.digest(), "text": texts.digest, "machine": machine(),
+    depends = {"runtimes": digests, "checkpoint": checkpoint.digest(), "text": texts.digest, "machine": machine(),
                "level": recipe.evaluate, "golden": recipe.golden and sha256(Path(recipe.golden))}  # fmt: skip
-    return run.work.stage("evaluate", depends, make)
+    return work.stage("evaluate", depends, make)
 
 
-def _quality(run: Run, checkpoint: Checkpoint, runtime: Path, texts: Texts | PairTexts, folder: Path) -> list[Metric]:
-    """Both models on held-out text, one after the other: they are never in memory together. What the original says
-    lies in `folder` meanwhile."""
-    original = find("targets", "pytorch").open_scorer(checkpoint.folder)
-    batches, text_bytes = texts.score_batches(original)
+def _scored(source: Source, runtimes: Mapping[str, Path], folder: Path) -> dict[str, list[Metric]]:
+    """All models on held-out text, one after the other: no two are in memory together. What the original says lies in
+    `folder` meanwhile."""
+    original = find("targets", "pytorch").open_scorer(source.checkpoint.folder)
+    batches, text_bytes = source.texts.score_batches(original)
     scoring = divergence.record(original, batches, folder)
     del original
     gc.collect()
-    found = divergence.compare(scoring, run.target.open_scorer(runtime))
+    found = {name: _quality(name, each, scoring, text_bytes, source.texts) for name, each in runtimes.items()}
     shutil.rmtree(folder)
+    return found
+
+
+def _quality(
+    name: str, runtime: Path, scoring: Reference, text_bytes: float | None, texts: Texts | PairTexts
+) -> list[Metric]:
+    found = divergence.compare(scoring, find("targets", name).open_scorer(runtime))
     gc.collect()
     return perplexity.quality(found, text_bytes, texts.scored)
 
 
-def _golden_cases(run: Run, path: Path, checkpoint: Checkpoint, runtime: Path) -> list[Metric]:
-    """Answer the golden cases with original and candidate, greedily, and compare case by case."""
+def _golden_cases(
+    work: Work, path: Path, checkpoint: Checkpoint, runtimes: Mapping[str, Path]
+) -> dict[str, list[Metric]]:
+    """Answer the golden cases with original and candidates, greedily, and compare case by case."""
     cases = golden.read_cases(path)
-    answers = []
-    for opened in (find("targets", "pytorch").open(checkpoint.folder, EngineSettings()),
-                   run.target.open(runtime, EngineSettings(prefix_cache=False))):  # fmt: skip
-        answers.append(golden.run(cases, golden.answerer(opened, checkpoint)))
+
+    def answers(name: str, folder: Path, settings: EngineSettings) -> Any:
+        opened = find("targets", name).open(folder, settings)
+        said = golden.run(cases, golden.answerer(opened, checkpoint))
         opened.close()
         gc.collect()
-    result = golden.compare(cases, *answers)
-    for outcome in result.lost:
-        run.work.say(f"golden case {outcome.case.id} lost: {outcome.candidate[:80]!r}")
-    return result.metrics()
+        return said
+
+    original, found = answers("pytorch", checkpoint.folder, EngineSettings()), {}
+    for name, runtime in runtimes.items():
+        result = golden.compare(cases, original, answers(name, runtime, EngineSettings(prefix_cache=False)))
+        for outcome in result.lost:
+            work.say(f"golden case {outcome.case.id} lost: {outcome.candidate[:80]!r}")
+        found[name] = result.metrics()
+    return found
 
 
 # ── Packing, and a bundle on the machine that serves it ──────────────────────
 
 
-def seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> Bundle:
+def seal(recipe: Recipe, work: Work, built: Built, targets: Targets, out: Path, folder: Path) -> Bundle:
     """Seal the bundle beside `out`, then let it appear under its name in one rename."""
     work.announce("pack")
-    gated, content, target = built.gated, folder / "content", Run(recipe, work).name
-    runtime = shutil.copytree(gated.folder, content / "targets" / target)
-    if family := tools.record(load_template(runtime), runtime):
+    gated, content, families = built.gated, folder / "content", set[str]()
+    scored = built.scored(recipe.kld_limit())
+    for target in scored.made:
+        runtime = shutil.copytree(gated.folders[target], content / "targets" / target)
+        if family := tools.record(load_template(runtime), runtime):
+            families.add(family)
+    for family in families:
         work.say(f"its chat template calls functions as {family} does")
     replay.write(divergence.reopen(gated.original.folder), content / "golden")
-    write_papers(content, recipe, report_of(recipe, gated.checkpoint, gated.texts.describe, built.metrics))
-    bundle = pack(content, manifest_of(recipe, gated.checkpoint, out.name, [target]))
+    left_out = {**gated.runtimes.failures, **scored.failures}
+    precisions = {target: targets[target] for target in scored.made}
+    report = report_of(recipe, gated.source.checkpoint, gated.source.texts.describe, scored.made, left_out, precisions)
+    write_papers(content, recipe, report)
+    bundle = pack(content, manifest_of(recipe, gated.source.checkpoint, out.name, list(scored.made)))
     appear(bundle.folder, out)
     return Bundle.open(out)
 
 
 def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Report]:
-    """Measure `bundle` against the source that `recipe` names; returns that source too."""
-    run = Run(recipe, work)
-    checkpoint, texts = _read(run)
-    measured = _metrics(_evaluate(run, checkpoint, bundle.target_folder(run.name), texts, bundle.digest))
-    return checkpoint, report_of(recipe, checkpoint, texts.describe, measured)
+    """Measure the targets of `bundle` against the source that `recipe` names; returns that source too."""
+    source = _read(recipe, work)
+    runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
+    measured = _by_target(_evaluate(recipe, work, source, runtimes, [bundle.digest]))
+    return source.checkpoint, report_of(recipe, source.checkpoint, source.texts.describe, measured)
 
 
 def replayed(bundle: Bundle, target: str) -> Metric:

@@ -9,17 +9,18 @@ import gc
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lightship import several
 from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.encoder_costs import EncoderAmount
 from lightship.engine import EngineSettings
-from lightship.errors import LimitExceeded, UnsupportedError
+from lightship.errors import UnsupportedError
 from lightship.evaluation import encoders, memory
 from lightship.evaluation.encoders import Distance, Rows
 from lightship.evaluation.text import open_text
@@ -28,7 +29,8 @@ from lightship.machine import machine
 from lightship.output import appear
 from lightship.papers import encoder_report, manifest_of, write_papers
 from lightship.recipe import COSINE_LIMITS, KLD_LIMITS, Recipe, parse_accepts
-from lightship.report import Metric, Report
+from lightship.report import Metric, Report, named
+from lightship.several import Passed, Runtime
 from lightship.sources import look
 from lightship.work import Progress, Stage, Work, digest_of
 
@@ -42,12 +44,12 @@ PER_TARGET = ("export", "gate export", "quantise", "gate")
 def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
     """The targets that `recipe` means: its own, else all of `TARGETS` that can do its precision, the rest said.
 
-    Asked before any work. Raises `UnknownName`, or `UnsupportedError` for what no target meant can do.
+    Asked before any work. Raises `UnknownName`, or `UnsupportedError` for what a target named, or all, cannot do.
     """
     if recipe.golden is not None:
         raise UnsupportedError("golden cases are for models that generate", hint="leave golden out")
     kept, refusals = [], []
-    for name in (recipe.target,) if recipe.target else TARGETS:
+    for name in recipe.targets or TARGETS:
         target = find("targets", name)
         if not hasattr(target, "settle_encoder"):
             raise UnsupportedError(f"encoders are not shipped to the target {name!r}", hint="use openvino or onnx")
@@ -56,7 +58,7 @@ def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
             kept.append(name)
         except UnsupportedError as error:
             refusals.append(error)
-    if not kept:
+    if refusals and (recipe.targets or not kept):
         raise refusals[0]
     for refusal in refusals:
         progress(f"one target left out: {refusal.message}")
@@ -65,8 +67,7 @@ def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
 
 def stages(targets: tuple[str, ...], convert: bool = False) -> tuple[str, ...]:
     """Every stage of a run, in order."""
-    each = tuple(f"{stage} {target}" for target in targets for stage in PER_TARGET)
-    return ("read", "original", *each, *(() if convert else ("evaluate", "pack")))
+    return several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
 
 
 def amount(recipe: Recipe, context: int) -> EncoderAmount:
@@ -90,18 +91,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Gated:
-    """Runtime folders that passed every gate, by target, and what they came from; `failures`: targets that did not
-    pass, and why."""
+    """Runtime folders that passed every gate, by target, and what they came from."""
 
     source: Source
     original: Stage
-    runtimes: Mapping[str, Stage]
-    gates: Mapping[str, tuple[Stage, ...]]
-    failures: Mapping[str, str]
+    runtimes: Passed[Runtime]
 
     def runtime(self, target: str) -> Path:
         """The runtime folder of `target`."""
-        return self.runtimes[target].folder / "runtime"
+        return self.runtimes.made[target].folder
 
 
 @dataclass(frozen=True)
@@ -118,32 +116,21 @@ class Built:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Of the gates and of the evaluation; those of other targets than the first carry its name at their end."""
-        found = []
-        for target in self.targets:
-            for stage in self.gated.gates[target]:
-                found += _named(_metrics(stage), target, self.targets)
-        return found + _metrics(self.evaluated)
+        """Of the gates and of the evaluation."""
+        runtimes = self.gated.runtimes.made
+        gates = [each for name in self.targets for each in named(runtimes[name].metrics, name, self.targets)]
+        return gates + several.metrics(self.evaluated.result)
 
     @property
     def left_out(self) -> dict[str, str]:
         """Targets that were above their limit, and where."""
-        return {**self.gated.failures, **self.evaluated.result["failures"]}
+        return {**self.gated.runtimes.failures, **self.evaluated.result["failures"]}
 
     @property
     def digests(self) -> list[str]:
         """Of the stages that decide what is in the bundle."""
-        made = [self.gated.runtimes[target].digest for target in self.targets]
+        made = [self.gated.runtimes.made[target].stage.digest for target in self.targets]
         return [self.gated.original.digest, *made, self.evaluated.digest]
-
-
-def _metrics(stage: Stage) -> list[Metric]:
-    return [Metric(**entry) for entry in stage.result["metrics"]]
-
-
-def _named(metrics: list[Metric], target: str, order: list[str]) -> list[Metric]:
-    first = target == order[0]
-    return [metric if first else replace(metric, name=f"{metric.name}_{target}") for metric in metrics]
 
 
 def _limit(recipe: Recipe, encoder: Encoder, precision: str | None = None) -> float:
@@ -159,8 +146,8 @@ def build(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Built:
     """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails; of several
     targets those that fail are left out, and said, as long as one passes."""
     found = gated(recipe, work, targets)
-    runtimes = {target: found.runtime(target) for target in found.runtimes}
-    depends = {"runtimes": [stage.digest for stage in found.runtimes.values()]}
+    runtimes = {target: each.folder for target, each in found.runtimes.made.items()}
+    depends = {"runtimes": [each.stage.digest for each in found.runtimes.made.values()]}
     return Built(found, _evaluate(recipe, work, found.source, runtimes, depends, check=True))
 
 
@@ -168,31 +155,17 @@ def gated(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Gated:
     """From the source to runtime folders that passed every gate; one at least."""
     source = read(recipe, work)
     original = _original(work, source)
-    runtimes, gates, failures = {}, {}, {}
-    for name in targets:
-        try:
-            runtimes[name], gates[name] = _gated_target(recipe, work, source, original, name)
-        except LimitExceeded as failure:
-            failures[name] = failure
-            work.say(f"{name} is above its limit" + (": left out" if len(targets) > 1 else ""))
-    if not runtimes:
-        raise failures[targets[0]]
-    return Gated(source, original, runtimes, gates, {name: _first_line(each) for name, each in failures.items()})
+    found = several.passed(targets, lambda name: _gated_target(recipe, work, source, original, name), work.say)
+    return Gated(source, original, found)
 
 
-def _first_line(failure: LimitExceeded) -> str:
-    return failure.message.splitlines()[0].removesuffix("; nothing is shipped")
-
-
-def _gated_target(
-    recipe: Recipe, work: Work, source: Source, original: Stage, name: str
-) -> tuple[Stage, tuple[Stage, ...]]:
+def _gated_target(recipe: Recipe, work: Work, source: Source, original: Stage, name: str) -> Runtime:
     """The runtime folder for one target, and the gates it passed. Raises `LimitExceeded`."""
     target = find("targets", name)
     exported = _export(recipe, work, source, name, target)
     first = _gate(recipe, work, source, original, exported, f"gate export {name}", target, exact=True)
     runtime = _quantise(recipe, work, exported, name, target)
-    return runtime, (first, _gate(recipe, work, source, original, runtime, f"gate {name}", target))
+    return Runtime(runtime, (first, _gate(recipe, work, source, original, runtime, f"gate {name}", target)))
 
 
 def read(recipe: Recipe, work: Work) -> Source:
@@ -264,7 +237,7 @@ def _gate(
         found = encoders.distance(source.encoder, engine, source.gate, original.folder / "gate")
         engine.close()
         _judge(work, found, limit, stage)
-        return _kept(found.metrics("export_gate_" if exact else "gate_"))
+        return several.kept(found.metrics("export_gate_" if exact else "gate_"))
 
     return work.stage(stage, {"made": made.digest, "original": original.digest, "limit": limit}, make)
 
@@ -275,10 +248,6 @@ def _judge(work: Work, found: Distance, limit: float, stage: str) -> None:
     work.say(f"limit on {'1 − mean cosine' if found.embeds else 'mean KLD'} {limit:g}")
     encoders.check_distance(found, limit, stage)
     gc.collect()
-
-
-def _kept(metrics: list[Metric]) -> dict[str, Any]:
-    return {"metrics": [asdict(metric) for metric in metrics]}
 
 
 def _evaluate(
@@ -292,21 +261,17 @@ def _evaluate(
         engine = find("targets", "pytorch").open_encoder(source.checkpoint.folder, EXACT)
         encoders.record(source.encoder, engine, source.score, folder / "reference")
         engine.close()
-        metrics: dict[str, list[Metric]] = {}
-        failures: dict[str, LimitExceeded] = {}
-        for name, runtime in runtimes.items():
-            engine = find("targets", name).open_encoder(runtime)
+
+        def quality(name: str) -> list[Metric]:
+            engine = find("targets", name).open_encoder(runtimes[name])
             found = encoders.distance(source.encoder, engine, source.score, folder / "reference")
             engine.close()
-            try:
-                if check:
-                    _judge(work, found, limit, f"evaluate {name}")
-                metrics[name] = found.metrics()
-            except LimitExceeded as failure:
-                failures[name] = failure
-                work.say(f"{name} is above its limit on the scored text")
-        if not metrics:
-            raise next(iter(failures.values()))
+            if check:
+                _judge(work, found, limit, f"evaluate {name}")
+            return found.metrics()
+
+        found = several.passed(runtimes, quality, work.say)
+        metrics = dict(found.made)
         shutil.rmtree(folder / "reference")
         gc.collect()
         original = memory.probe("pytorch", source.checkpoint.folder, repeats=REPEATS[recipe.evaluate])
@@ -317,9 +282,8 @@ def _evaluate(
         order = sorted(metrics, key=lambda name: -_speed(metrics[name]))
         for name in order:
             work.say(f"{name}: {_speed(metrics[name]):.1f} sequences/s (geometric mean of batches of 1 and 32)")
-        left_out = {name: _first_line(failure) for name, failure in failures.items()}
-        ordered = [metric for name in order for metric in _named(metrics[name], name, order)]
-        return {"targets": order, "failures": left_out, **_kept(ordered)}
+        ordered = [metric for name in order for metric in named(metrics[name], name, order)]
+        return {"targets": order, "failures": dict(found.failures), **several.kept(ordered)}
 
     every = {"checkpoint": source.checkpoint.digest(), "text": source.score.digest, "machine": machine(),
              "level": recipe.evaluate, "targets": list(runtimes), "limit": limit, **depends}  # fmt: skip
@@ -360,7 +324,7 @@ def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Re
     source = read(recipe, work)
     runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
     found = _evaluate(recipe, work, source, runtimes, {"bundle": bundle.digest}, check=False)
-    return source.checkpoint, report(recipe, source, _metrics(found), {})
+    return source.checkpoint, report(recipe, source, several.metrics(found.result), {})
 
 
 def replayed(bundle: Bundle, target: str) -> Metric:

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightship.checkpoint import Checkpoint
 from lightship.machine import machine, versions
-from lightship.recipe import Recipe
-from lightship.report import Metric, Report
+from lightship.recipe import Precision, Recipe
+from lightship.report import Metric, Report, named
 
 
 def _limited(metrics: Sequence[Metric], limit: float) -> tuple[Metric, ...]:
@@ -34,21 +34,33 @@ def _placeless(source: str) -> str:
     return path.name if path.exists() else source
 
 
-def _verdict(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], metrics: Sequence[Metric]) -> str:
-    by_name = {metric.name: metric for metric in metrics}
+def _verdict(
+    recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Mapping[str, Sequence[Metric]],
+    left_out: Mapping[str, str],
+) -> str:  # fmt: skip
+    def of(target: str, metrics: Sequence[Metric]) -> str:
+        by_name = {metric.name: metric for metric in metrics}
 
-    def ratio(name: str) -> float:
-        return by_name[name].ratio() or float("nan")
+        def ratio(name: str) -> float:
+            return by_name[name].ratio() or float("nan")
 
-    kld, limit = by_name["kld"], recipe.kld_limit()
-    kept = "limit" if kld.value <= limit else "ABOVE ITS LIMIT"
+        kld, limit = by_name["kld"], recipe.kld_limit()
+        kept = "limit" if kld.value <= limit else "ABOVE ITS LIMIT"
+        return (
+            (f"with {target} " if len(measured) > 1 else "")
+            + f"{1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
+            f"decode {ratio('decode'):.1f}× and prefill "
+            f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} ({kept} {limit:g}), "
+            f"top-1 {by_name['top1'].value:.1%}"
+        )
+
     scored = "scored on default text only (give --text for yours)" if text["default_only"] else "on your text"
-    return (
-        f"{recipe.precision.name}: {1 / ratio('size'):.1f}× smaller than its {checkpoint.dtype} original, "
-        f"decode {ratio('decode'):.1f}× and prefill "
-        f"{ratio('prefill'):.1f}× the original's speed, mean KLD {kld.value:.2g} ({kept} {limit:g}), "
-        f"top-1 {by_name['top1'].value:.1%}; {scored}"
-    )
+    found = [of(target, metrics) for target, metrics in measured.items()]
+    return f"{recipe.precision.name}: {'; '.join([*found, scored])}{_without(left_out)}"
+
+
+def _without(left_out: Mapping[str, str]) -> str:
+    return "".join(f"; {target} left out, above its limit" for target in left_out)
 
 
 def _history(checkpoint: Checkpoint) -> list[Any]:
@@ -71,11 +83,24 @@ def _named(base: dict[str, Any]) -> str:
     return f"{base['source']} at {base['revision']}" if base["revision"] else str(base["source"])
 
 
-def report_of(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Sequence[Metric]) -> Report:
-    """The report on a decoder made by `recipe` from `checkpoint`; `text` describes what it was scored on."""
-    metrics = _limited(measured, recipe.kld_limit())
-    verdict = _verdict(recipe, checkpoint, text, metrics)
-    return Report(metrics, {**_meta(recipe, checkpoint, text), "verdict": verdict, "limit_kld": recipe.kld_limit()})
+def report_of(
+    recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any], measured: Mapping[str, Sequence[Metric]],
+    left_out: Mapping[str, str] | None = None, precisions: Mapping[str, Precision] | None = None,
+) -> Report:  # fmt: skip
+    """The report on a decoder made by `recipe` from `checkpoint`; `text` describes what it was scored on, `measured` is
+    by target, the preferred one first. `left_out`: targets that were above the limit, and where. `precisions`: what
+    each target made of the recipe's, where there are several."""
+    order, limit, without = list(measured), recipe.kld_limit(), left_out or {}
+    metrics = [each for name in order for each in named(_limited(measured[name], limit), name, order)]
+    meta = {
+        **_meta(recipe, checkpoint, text),
+        "verdict": _verdict(recipe, checkpoint, text, measured, without),
+        "limit_kld": limit,
+        **({"left_out": dict(without)} if without else {}),
+    }
+    if precisions is not None and len(precisions) > 1:
+        meta["precisions"] = {name: precision.model_dump() for name, precision in precisions.items()}
+    return Report(tuple(metrics), meta)
 
 
 def encoder_report(
@@ -100,8 +125,7 @@ def encoder_report(
             f"{by_name['batch32'].ratio() or math.nan:.1f}× in batches of 32, "
             f"{'1 − mean cosine' if name == 'cosine_loss' else 'mean KLD'} {far.value:.2g} "
             f"({'limit' if far.passed else 'ABOVE ITS LIMIT'} {bound:g}); "
-            f"{scored if text['default_only'] else 'on your text'}"
-            + "".join(f"; {target} left out, above its limit" for target in left_out)
+            f"{scored if text['default_only'] else 'on your text'}" + _without(left_out)
         ),
         **({"left_out": dict(left_out)} if left_out else {}),
     }

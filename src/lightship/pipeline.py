@@ -17,7 +17,7 @@ from lightship import costs, decoder_pipeline, encoder_costs, encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle
 from lightship.checkpoint import read_json, write_json
 from lightship.costs import Costs, Rates
-from lightship.decoder_pipeline import CONVERT, STAGES, TARGET
+from lightship.decoder_pipeline import TARGET, Targets
 from lightship.encoder_costs import EncoderShape
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import memory
@@ -54,7 +54,7 @@ def ship(
     times = _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
     with scratch(out) as folder:
         work = Work(folder / "run", asked.stages(), progress, times)
-        return _seal(asked.recipe, work, _built(asked, work), out, folder)
+        return _seal(asked, work, _built(asked, work), out, folder)
 
 
 def run(
@@ -83,7 +83,7 @@ def run(
                 return bundle
             if known.get("bundle") != bundle.digest:
                 raise UsageError(f"{out} holds another bundle, not made by this run", hint="move it, or change `out`")
-        bundle = _seal(asked.recipe, work, built, out, folder)
+        bundle = _seal(asked, work, built, out, folder)
         write_json(made, {"inputs": inputs, "bundle": bundle.digest})
     return bundle
 
@@ -94,16 +94,16 @@ def _inputs(recipe: Recipe, built: Built) -> str:
 
 
 def _built(asked: Settled, work: Work) -> Built:
-    if asked.encoders:
-        return encoder_pipeline.build(asked.recipe, work, asked.encoders)
-    return decoder_pipeline.build(asked.recipe, work)
+    if asked.encoder:
+        return encoder_pipeline.build(asked.recipe, work, tuple(asked.targets))
+    return decoder_pipeline.build(asked.recipe, work, asked.targets)
 
 
-def _seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> Bundle:
+def _seal(asked: Settled, work: Work, built: Built, out: Path, folder: Path) -> Bundle:
     """Seal the bundle beside `out`, then let it appear under its name in one rename."""
     if isinstance(built, encoder_pipeline.Built):
-        return encoder_pipeline.seal(recipe, work, built, out, folder)
-    return decoder_pipeline.seal(recipe, work, built, out, folder)
+        return encoder_pipeline.seal(asked.recipe, work, built, out, folder)
+    return decoder_pipeline.seal(asked.recipe, work, built, asked.targets, out, folder)
 
 
 # ── Before a run ────────────────────────────────────────────────────────────
@@ -111,18 +111,19 @@ def _seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> 
 
 @dataclass(frozen=True)
 class Settled:
-    """A `recipe` as its target will carry it out; for an encoder its targets (none for a decoder); what was `seen` of
-    the source."""
+    """A `recipe` as its `targets` will carry it out, each with its precision; whether the model is an encoder; what was
+    `seen` of the source. Where there is one target, the recipe has its name and precision."""
 
     recipe: Recipe
-    encoders: tuple[str, ...]
+    targets: Targets
+    encoder: bool
     seen: Seen
 
     def stages(self, convert: bool = False) -> tuple[str, ...]:
-        """The stages of the run; of an encoder only the first target is converted."""
-        if self.encoders:
-            return encoder_pipeline.stages(self.encoders[:1] if convert else self.encoders, convert)
-        return CONVERT if convert else STAGES
+        """The stages of the run; only the first target is converted."""
+        targets = tuple(self.targets)[: 1 if convert else None]
+        stages = encoder_pipeline.stages if self.encoder else decoder_pipeline.stages
+        return stages(targets, convert)
 
     def plan(self, stages: Sequence[str], out: Path, work: Path | None = None, done: Sequence[str] = ()) -> Plan:
         """What the run would need."""
@@ -132,22 +133,19 @@ class Settled:
         recipe, shape = self.recipe, self.seen.shape
         if isinstance(shape, EncoderShape):
             count = encoder_pipeline.amount(recipe, shape.context)
-            return encoder_costs.predict(shape, recipe.precision, count, rates, self.encoders)
-        assert shape is not None and recipe.target  # else nothing is asked
-        return costs.predict(shape, recipe.precision, amount(recipe, shape.context), rates, recipe.target)
+            return encoder_costs.predict(shape, recipe.precision, count, rates, tuple(self.targets))
+        assert shape is not None  # else nothing is asked
+        return costs.predict(shape, amount(recipe, shape.context), rates, self.targets)
 
 
 def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) -> Settled:
-    """`recipe` settled with its target, said where that differs; asked before any work. A hub model is downloaded
+    """`recipe` settled with its targets, said where that differs; asked before any work. A hub model is downloaded
     first, unless not to `fetch`.
 
-    Raises `UnknownName`, or `UnsupportedError` for what target or architecture cannot do.
+    Raises `UnknownName`, or `UnsupportedError` for what a target or architecture cannot do.
     """
-    name = recipe.target or TARGET
-    target = find("targets", name)
-    if not hasattr(target, "export"):
-        raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
-    precision, notes = target.settle(recipe.precision) if hasattr(target, "settle") else (recipe.precision, [])
+    modules = {name: _shippable(name) for name in recipe.targets or (TARGET,)}
+    found = {name: _settle(recipe.precision, target) for name, target in modules.items()}
     if fetch:
         log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
         look(recipe.source, revision=recipe.revision, base=recipe.base, log=log)
@@ -156,15 +154,32 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     if kind not in GENERATORS:
         encoders = encoder_pipeline.targets_of(recipe, progress)
         check_packages(encoders)
-        return Settled(recipe, encoders, seen)
-    if seen.config is not None and hasattr(target, "refuse"):
-        target.refuse(seen.config)
+        return Settled(recipe, dict.fromkeys(encoders, recipe.precision), True, seen)
+    for target in modules.values():
+        if seen.config is not None and hasattr(target, "refuse"):
+            target.refuse(seen.config)
     if kind == "seq2seq":
-        precision, notes = _settle_seq2seq(recipe.precision, name, target)
-    for note in notes:
+        found = {name: _settle_seq2seq(recipe.precision, name, target) for name, target in modules.items()}
+    for note in [note for _, notes in found.values() for note in notes]:
         progress(note)
-    check_packages([name])
-    return Settled(recipe.model_copy(update={"precision": precision, "target": name}), (), seen)
+    check_packages(tuple(modules))
+    targets = {name: precision for name, (precision, _) in found.items()}
+    if len(targets) == 1:
+        ((name, precision),) = targets.items()
+        recipe = recipe.model_copy(update={"precision": precision, "target": name})
+    return Settled(recipe, targets, False, seen)
+
+
+def _shippable(name: str) -> ModuleType:
+    target = find("targets", name)
+    if not hasattr(target, "export"):
+        raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    return target
+
+
+def _settle(precision: Precision, target: ModuleType) -> tuple[Precision, list[str]]:
+    found: tuple[Precision, list[str]] = target.settle(precision) if hasattr(target, "settle") else (precision, [])
+    return found
 
 
 def _settle_seq2seq(precision: Precision, name: str, target: ModuleType) -> tuple[Precision, list[str]]:
@@ -185,6 +200,7 @@ def plan_ship(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
 
 def plan_convert(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
     """As `plan_ship`, of `convert`."""
+    _check_single(recipe)
     check_out(out, recipe, force, "engine.json")
     asked = settled(recipe, fetch=False)
     return asked.plan(asked.stages(convert=True), out)
@@ -216,10 +232,10 @@ def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
     if seen.file is not None and seen.config is not None:  # of a hub model the copy in the cache: nothing is fetched
         here = recipe.model_copy(update={"source": str(seen.file.parent), "revision": None})
     try:
-        if asked.encoders:
-            built: Built = encoder_pipeline.build(here, survey, asked.encoders)
+        if asked.encoder:
+            built: Built = encoder_pipeline.build(here, survey, tuple(asked.targets))
         else:
-            built = decoder_pipeline.stages(here, survey)
+            built = decoder_pipeline.walk(here, survey, asked.targets)
     except NotMade:
         return ()
     made = folder / MADE
@@ -232,20 +248,22 @@ def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
 # ── A bundle on the machine that serves it ──────────────────────────────────
 
 
-def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Report:
-    """Verify the bundle at `folder` and measure it again on this machine, without PyTorch.
+def check(folder: Path, *, target: str | None = None, repeats: int = 5, progress: Progress = silent) -> Report:
+    """Verify the bundle at `folder` and measure its `target` (default: the first) again on this machine, without
+    PyTorch.
 
-    Raises `LimitExceeded` when the divergence (a lower bound, see `replay`) is above the limit it was shipped with.
+    Raises `BundleError` for a target that it does not have, `LimitExceeded` when the divergence (a lower bound, see
+    `replay`) is above the limit it was shipped with.
     """
     progress("[1/3] verify")
     bundle = Bundle.open(folder)
-    target = bundle.targets[0]
+    target = target or bundle.targets[0]
     runtime = bundle.target_folder(target)
     progress("[2/3] divergence")
     replayed = decoder_pipeline.replayed if bundle.kind in GENERATORS else encoder_pipeline.replayed
     found = replayed(bundle, target)
     progress("[3/3] speed and memory")
-    shipped = {metric.name: metric for metric in bundle.report.metrics}
+    shipped = {metric.name: metric for metric in bundle.measured(target).metrics}
     measured = [found, *memory.probe(target, runtime, repeats=repeats)]
     metrics = [replace(m, baseline=shipped[m.name].value if m.name in shipped else m.baseline) for m in measured]
     what = "1 − mean cosine" if bundle.kind == "embedder" else "mean KLD"
@@ -253,7 +271,7 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
         raise LimitExceeded(f"on this machine {what} is {found.value:.3g}, above the bundle's limit {found.limit:g}",
                             hint="its settings or libraries differ from where it was shipped")  # fmt: skip
     meta = {
-        "title": f"{bundle.name} on this machine",
+        "title": f"{bundle.name} on this machine" + (f", {target}" if len(bundle.targets) > 1 else ""),
         "baseline": "as shipped",
         "bundle": bundle.digest,
         "machine": machine(),
@@ -269,20 +287,26 @@ def check(folder: Path, *, repeats: int = 5, progress: Progress = silent) -> Rep
 def convert(
     recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = silent, ignore_shortage: bool = False
 ) -> Path:
-    """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle. Of an encoder only for
-    the first of its targets."""
+    """As `ship`, but stop after the gates: a runtime folder at `out`, no evaluation, no bundle. Of an encoder for the
+    first of its targets. Raises `UsageError` for a recipe that names several."""
+    _check_single(recipe)
     check_out(out, recipe, force, "engine.json")
     asked = settled(recipe, progress)
-    recipe, encoders, names = asked.recipe, asked.encoders, asked.stages(convert=True)
+    names, first = asked.stages(convert=True), next(iter(asked.targets))
     times = _tell(asked.plan(names, out), progress, ignore_shortage)
     with scratch(out) as folder:
         work = Work(folder / "run", names, progress, times)
-        if encoders:
-            runtime = encoder_pipeline.gated(recipe, work, encoders[:1]).runtime(encoders[0])
+        if asked.encoder:
+            runtime = encoder_pipeline.gated(asked.recipe, work, (first,)).runtime(first)
         else:
-            runtime = decoder_pipeline.gated(recipe, work).folder
+            runtime = decoder_pipeline.gated(asked.recipe, work, asked.targets).folders[first]
         appear(runtime, out)
     return out
+
+
+def _check_single(recipe: Recipe) -> None:
+    if len(recipe.targets) > 1:
+        raise UsageError("convert makes one runtime folder", hint="give one --target, or `ship` a bundle with several")
 
 
 def evaluate(

@@ -283,11 +283,12 @@ def plan(
     hidden one beside `out`. What has not been measured is not predicted.
     """
     reason, known = seen.reason, Costs()
-    if seen.shape is not None and recipe.target not in (None, *MEASURED):
-        reason = f"the target {recipe.target} has not been measured"
+    unmeasured = [target for target in recipe.targets if target not in MEASURED]
+    if seen.shape is not None and unmeasured:
+        reason = f"the target {unmeasured[0]} has not been measured"
     elif seen.shape is not None and recipe.precision.gptq:
         reason = "gptq has not been measured"
-    elif isinstance(seen.shape, Shape) and recipe.target == "onnx" and recipe.precision.arithmetic == "f32":
+    elif isinstance(seen.shape, Shape) and "onnx" in recipe.targets and recipe.precision.arithmetic == "f32":
         reason = "ONNX with the arithmetic f32 has not been measured"
     elif seen.shape is not None:
         known = predict(costs.rates(seen.file, recipe.precision.arithmetic))

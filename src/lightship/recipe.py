@@ -63,8 +63,8 @@ class Recipe(_Data):
     source: str = Field(description="a folder (model or adapter), a .gguf file, a hub id, or `demo`")
     revision: str | None = Field(None, description="of the source on the hub; of the base where the source is a folder")
     base: str | None = Field(None, description="the model that an adapter changes; default: what the adapter names")
-    target: str | None = Field(
-        None, description="runtime format: openvino, or onnx; default: openvino, for encoders both, the faster first"
+    target: str | tuple[str, ...] | None = Field(
+        None, description="openvino, onnx, or both as a list; default: openvino, for encoders both, the faster first"
     )
     precision: Precision = Precision()
     evaluate: Literal["quick", "full"] = "quick"
@@ -78,11 +78,26 @@ class Recipe(_Data):
         parse_accepts(accept)
         return accept
 
+    @field_validator("target")
+    @classmethod
+    def _once(cls, target: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        """A list of one is that one, so that both give the same recipe."""
+        if not isinstance(target, tuple):
+            return target
+        if not target or len(set(target)) < len(target):
+            raise ValueError("name each target once, and one at least")
+        return target[0] if len(target) == 1 else target
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets that are named, none or several."""
+        return (self.target,) if isinstance(self.target, str) else self.target or ()
+
     @property
     def label(self) -> str:
         """The run's name."""
         source = Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
-        other = "" if self.target in (None, "openvino") else f"-{self.target}"
+        other = "" if self.targets in ((), ("openvino",)) else f"-{'-'.join(self.targets)}"
         return self.name or f"{source}-{self.precision.name}{other}"
 
     def kld_limit(self) -> float:

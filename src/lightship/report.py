@@ -6,7 +6,7 @@ import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NoReturn
 
 from lightship.errors import BundleError, UnsupportedError, UsageError
@@ -59,6 +59,16 @@ class Report:
         """The metric called `name`."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
+    def of_target(self, target: str, targets: Sequence[str]) -> Report:
+        """With the figures of one of a bundle's `targets` only, under their plain names, see `named`."""
+        others = [f"_{each}" for each in targets[1:]]
+        if target == targets[0]:
+            found = tuple(metric for metric in self.metrics if not metric.name.endswith(tuple(others)))
+        else:
+            own = (metric for metric in self.metrics if metric.name.endswith(f"_{target}"))
+            found = tuple(replace(metric, name=metric.name.removesuffix(f"_{target}")) for metric in own)
+        return Report(found, self.meta)
+
     def short(self) -> Report:
         """Without the gates' own figures, which those of the evaluation repeat on other text."""
         kept = tuple(metric for metric in self.metrics if not metric.name.startswith(GATES))
@@ -98,6 +108,12 @@ class Report:
     def to_html(self) -> str:
         """One self-contained page: no script, no link, light and dark, everything escaped."""
         return _page(self)
+
+
+def named(metrics: Iterable[Metric], target: str, targets: Sequence[str]) -> list[Metric]:
+    """The metrics of one of a bundle's `targets` as its report has them: those of other targets than the first carry
+    its name at their end."""
+    return [metric if target == targets[0] else replace(metric, name=f"{metric.name}_{target}") for metric in metrics]
 
 
 # ── Reading ─────────────────────────────────────────────────────────────────

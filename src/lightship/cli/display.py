@@ -100,7 +100,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         if cost and not step.done:
             written = gigabytes(cost.kept + cost.passing) if cost.kept + cost.passing else "nothing"
             figures = f"{duration(cost.seconds):12}{gigabytes(cost.memory):>8} of memory, writes {written}"
-        click.echo(f"{step.name:14}{figures}".rstrip())
+        click.echo(f"{step.name:22}{figures}".rstrip())
     click.echo(f"\nworks in      {plan.work}\nwould write   {plan.out}"
                + (f", {gigabytes(plan.result)}" if plan.predicted else ""))  # fmt: skip
     click.echo(plan.said())

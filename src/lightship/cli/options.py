@@ -22,9 +22,9 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("source", shell_complete=models),
         click.option("--out", "-o", type=click.Path(), help="Where the result goes (default: a name in this folder)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
-        click.option("--target", metavar="openvino|onnx",
-                     help="Runtime format (default: openvino; for encoders both, the faster first). Of generating "
-                     "models onnx serves one request at a time."),
+        click.option("--target", multiple=True, metavar="openvino|onnx",
+                     help="Runtime format; `ship` takes several (default: openvino; for encoders both, the faster "
+                     "first). Of generating models onnx serves one request at a time."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
                      help="What it computes in; auto is the processor's fastest."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
@@ -71,7 +71,7 @@ def recipe_of(source: str, **given: Any) -> Recipe:
     try:
         return Recipe(
             source=source,
-            target=given["target"],
+            target=given["target"] or None,
             precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
             **{name: given[name] for name in OPTIONAL if name in given},
         )
