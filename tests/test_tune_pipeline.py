@@ -1,6 +1,7 @@
 """`tune` on the tiny bundle: real engines in processes of their own, real golden rows, and what `serve` makes of it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from lightship.bundle import Bundle
 from lightship.cli import cli
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
+from lightship.find import find
 from lightship.search.settings import Candidate, Failed
 from lightship.serving.server import Serving, running
 from lightship.serving.settings import ServeSettings
 from lightship.serving.tuned import facts, with_tuned
 from lightship.tune_pipeline import Processes, dimensions, tune
 from lightship.tuning import Chosen, Workload, place
-from tests.test_tuning import entry
+from tests.test_tuning import FIGURES, entry
 
 LOAD = Workload(clients=2, tokens_in=40, tokens_out=8)
 START = Candidate("openvino", Chosen())
@@ -112,16 +114,105 @@ def test_prompt_lookup_is_tried_for_tasks_that_copy_only(bundle):
     assert tried("text") == {0} and max(tried("copy")) > 0
 
 
-def test_each_target_is_tried_with_what_it_heeds(bundle, monkeypatch):
-    """A bundle with two targets; ONNX Runtime has no precision to choose, and no prompt lookup."""
-    monkeypatch.setattr(Bundle, "targets", ["openvino", "onnx"])
-    monkeypatch.setattr(Bundle, "target_folder", lambda self, name: self.folder / "targets" / "openvino")
-    first, *rest = dimensions(bundle, LOAD.model_copy(update={"task": "copy"}))
+# ── A bundle with two targets ───────────────────────────────────────────────
+
+
+@pytest.fixture
+def both(both_path, tmp_path):
+    """A copy, next to which a test may write."""
+    return Bundle.open(shutil.copytree(both_path, tmp_path / "both"))
+
+
+def changed(settings):
+    return {name for name, value in settings if value != dict(Chosen())[name]}
+
+
+def test_each_target_is_tried_with_what_it_heeds(both):
+    """ONNX Runtime has no precision to choose, and no prompt lookup."""
+    first, *rest = dimensions(both, LOAD.model_copy(update={"task": "copy"}))
     assert first(START) == [Candidate("onnx", Chosen())]
     found = [candidate.settings for dimension in rest for candidate in dimension(Candidate("onnx", Chosen()))]
-    usual = dict(Chosen())
-    changed = {name for settings in found for name, value in settings if value != usual[name]}
-    assert changed == {"threads", "max_batched_tokens"}
+    assert set.union(*map(changed, found)) == {"threads", "max_batched_tokens"}
+
+
+@pytest.mark.parametrize("fastest", ["openvino", "onnx"])
+def test_a_search_offers_no_target_what_it_refuses(both, monkeypatch, fastest):
+    """The whole of it, whoever is ahead when a dimension has its turn. Nothing is measured: every step is a gain."""
+    speed = iter(range(1, 10_000))
+
+    class Seeded(Processes):
+        def prepare(self, start):
+            pass
+
+        def load(self, candidate, slowest=None):
+            ahead = 1e6 if candidate.target == fastest else 1.0
+            return FIGURES.model_copy(update={"tokens_per_second": ahead * 1.1 ** next(speed)})
+
+        def judge(self, candidate):
+            return tune_pipeline.Judgement(0.0, 0.0, None)
+
+    monkeypatch.setattr(tune_pipeline, "Processes", Seeded)
+    found = tune(both.folder, LOAD.model_copy(update={"task": "copy", "clients": 8}), budget=600)
+    assert {row.target for row in found.rows} == {"openvino", "onnx"}
+    for row in found.rows:
+        assert changed(row.settings) <= set(find("targets", row.target).TUNABLE), row.label
+    tried = {name for row in found.rows for name in changed(row.settings)}
+    assert ("prompt_lookup" in tried) == (fastest == "openvino")
+
+
+def test_the_other_target_is_measured_and_served(both, monkeypatch):
+    """Speed is seeded at the end, so that the other one wins; figures and quality of both are real."""
+    real = Processes.load
+    monkeypatch.setattr(tune_pipeline, "dimensions", lambda *given: dimensions(*given)[:1])
+    monkeypatch.setattr("lightship.search.settings.DROP", 0.0)  # who is slow here has its figures too
+    measured = []
+
+    def seeded(self, candidate, slowest=None):
+        found = real(self, candidate, slowest)
+        measured.append((candidate.target, found))
+        return found.model_copy(update={"tokens_per_second": 1e6 if candidate.target == "onnx" else 100.0})
+
+    monkeypatch.setattr(Processes, "load", seeded)
+    found = tune(both.folder, LOAD, budget=60)
+    assert {target for target, _ in measured} == {"openvino", "onnx"}
+    assert all(each.tokens_per_second > 0 and each.ttft_p50 > 0 and each.tpot_p50 > 0 for _, each in measured)
+    (row,) = (row for row in found.rows if row.target == "onnx")
+    assert row.final.n == 3 and abs(row.kld) < 1e-4 and row.served < 1e-2 and row.verdict.startswith("winner")
+    assert "| onnx, defaults |" in tuning.to_markdown(found)
+    with running(both, settings=ServeSettings(keys=None)) as url:
+        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a b", "max_tokens": 4}, timeout=60)
+    assert (card["target"], card["batching"], answer.status_code) == ("onnx", "none", 200)
+    assert card["measured"]["tuned"]["settings"] == "onnx, defaults"
+    assert card["measured"]["bundle"]["decode"]["value"] == both.measured("onnx").get("decode").value
+
+
+def test_a_target_by_hand_takes_what_was_tuned_for_it(both):
+    put(both, settings=Chosen(max_batched_tokens=256), workload=LOAD)
+    put(both, target="onnx", settings=Chosen(threads=1))
+    for target, engine in ((None, EngineSettings(threads=1)), ("onnx", EngineSettings(threads=1)),
+                           ("openvino", EngineSettings(max_batched_tokens=256))):  # fmt: skip
+        found = with_tuned(both.folder, ServeSettings(target=target), lambda line: None)
+        assert (found.engine, found.target) == (engine, target or "onnx")
+
+
+def test_what_the_target_refuses_does_not_keep_a_server_from_its_start(both):
+    """Of the command itself: one line names the file and the reason, and the first target serves."""
+    path = put(both, target="onnx", settings=Chosen(prompt_lookup=3))
+    command = [sys.executable, "-m", "lightship", "serve", str(both.folder), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            lines = []
+            while not lines or "serving on" not in lines[-1]:
+                lines.append(process.stderr.readline())
+                assert lines[-1], lines
+            url = re.search(r"http://[\d.:]+", lines[-1]).group()
+            (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        finally:
+            process.kill()
+    (warned,) = (line for line in lines if "cannot be used" in line)
+    assert str(path) in warned and "prompt lookup is there for decoders served with OpenVINO only" in warned
+    assert card["target"] == "openvino" and "prompt lookup" in card["tuned_ignored"]["reason"]
 
 
 def test_what_cannot_be_tuned_is_said(bundle, monkeypatch):

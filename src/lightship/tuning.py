@@ -220,9 +220,10 @@ class Found:
     said: str | None
 
 
-def choose(bundle: Path, digest: str, targets: list[str]) -> Found:
-    """The newest entry next to `bundle` that fits its `digest`, this machine and these versions. A file that is damaged
-    or fits nothing here is passed over, and `said` tells why; raises nothing."""
+def choose(bundle: Path, digest: str, targets: list[str], target: str | None = None) -> Found:
+    """The newest entry next to `bundle` that fits its `digest`, this machine and these versions, and one of its
+    `targets`: `target`, where that is given. A file that is damaged or fits nothing here is passed over, and `said`
+    tells why; raises nothing."""
     path = place(bundle)
     try:
         entries = read(path)
@@ -235,6 +236,8 @@ def choose(bundle: Path, digest: str, targets: list[str]) -> Found:
         problem = entry.fits(digest, here(), versions())
         if problem is None and entry.target not in targets:
             problem = f"the bundle has no target {entry.target}"
+        if problem is None and target not in (None, entry.target):
+            problem = f"it was measured with {entry.target}, and {target} was asked for"
         if problem is None:
             return Found(
                 entry, f"settings tuned here for {entry.workload.said()}: {label(entry.target, entry.settings)}"

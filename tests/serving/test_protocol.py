@@ -423,7 +423,7 @@ Bundle.report = Report(())
 folder = pathlib.Path(sys.argv[1])
 Bundle.open = staticmethod(lambda path: Bundle(folder, {"name": "fake", "targets": ["fake"]}, "0" * 64))
 Bundle.target_folder = lambda self, name: folder
-Bundle.stated_target = staticmethod(lambda path: "fake")
+Bundle.stated_targets = staticmethod(lambda path: ["fake"])
 Bundle.stated_kind = staticmethod(lambda path: "decoder")
 server.serve(folder, port=int(sys.argv[2]), settings=ServeSettings(use_tuned=False))
 """

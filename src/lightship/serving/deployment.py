@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI
 
 from lightship.bundle import Bundle
+from lightship.report import Report
 from lightship.serving import encoder, golden, openai
 from lightship.serving.admission import Admission
 from lightship.serving.app import Closes, Served, create_routes
@@ -38,6 +39,11 @@ class Kind(Protocol):
 
     @property
     def bundle(self) -> Bundle: ...
+    @property
+    def report(self) -> Report:
+        """What was measured of the target that serves when the bundle was made."""
+        ...
+
     @property
     def engine(self) -> Served: ...
     @property
@@ -75,6 +81,7 @@ class Decoder:
     """A model that generates, on one engine or several."""
 
     bundle: Bundle
+    report: Report
     engine: Supervisor | Fleet
     model: ServedModel
     capacity: Limits
@@ -91,7 +98,8 @@ class Decoder:
         model = replace(model, context=context, facts=facts(bundle, settings))
         scoring = Scoring(target, folder, settings.engine) if settings.scoring else None
         capacity = Limits(blocks=UNKNOWN, max_concurrent=settings.max_concurrent)
-        return Decoder(bundle, engine, model, capacity, Grammars(target, folder), scoring)
+        report = bundle.measured(target)
+        return Decoder(bundle, report, engine, model, capacity, Grammars(target, folder), scoring)
 
     @property
     def seats(self) -> Seats | None:
@@ -126,6 +134,7 @@ class EncoderKind:
     """An encoder runs in this process: it holds no lock of the interpreter while it computes."""
 
     bundle: Bundle
+    report: Report
     engine: Batcher
     model: ServedEncoder
     seats: None = None
@@ -134,11 +143,10 @@ class EncoderKind:
     @staticmethod
     def of(bundle: Bundle, settings: ServeSettings, name: str) -> EncoderKind:
         """Read what the API needs."""
-        target = bundle.targets[0]
+        target = settings.target or bundle.targets[0]
         batcher = Batcher(target, bundle.target_folder(target), settings.engine)
-        return EncoderKind(
-            bundle, batcher, ServedEncoder(name, bundle.digest, batcher.encoder, facts(bundle, settings))
-        )
+        model = ServedEncoder(name, bundle.digest, batcher.encoder, facts(bundle, settings))
+        return EncoderKind(bundle, bundle.measured(target), batcher, model)
 
     @property
     def capacity(self) -> Limits:
@@ -220,7 +228,7 @@ class Maker:
 
     def deployment(self, kind: Kind) -> Deployment:
         """With doors and routes of its own; its engine need not be loaded."""
-        admission = self.front.admission(kind.capacity, kind.bundle.report, kind.seats)
+        admission = self.front.admission(kind.capacity, kind.report, kind.seats)
 
         def add_routes(app: FastAPI) -> None:
             kind.add_routes(app, admission)

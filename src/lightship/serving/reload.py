@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from lightship.bundle import Bundle
 from lightship.errors import EngineDied, LightshipError, ReloadFailed, RequestError, UnsupportedError, UsageError
 from lightship.machine import memory_available
 from lightship.serving.deployment import Maker
+from lightship.serving.fallback import attempted
 from lightship.serving.front import learn
+from lightship.serving.settings import ServeSettings
 from lightship.serving.slot import Slot
 
 log = logging.getLogger("lightship.serving")
@@ -109,12 +111,23 @@ class Reloader:
         self._steps.append({"step": step, "seconds": round(time.monotonic() - began, 3)})
 
     async def _change(self, folder: str, digest: str | None) -> JSON:
-        slot, maker, handed = self._slot, self._maker, False
+        maker = self._maker
         async with self._at("verify"):
             bundle = await asyncio.to_thread(self._verified, folder, digest)
         async with self._at("memory"):
-            check_memory(bundle, len(maker.places), maker.settings.engine.kv_cache_gb)
             chosen = maker.chosen(bundle)
+            check_memory(bundle, chosen.target, len(maker.places), maker.settings.engine.kv_cache_gb)
+        before = len(self._steps)
+
+        def attempt(settings: ServeSettings) -> Awaitable[JSON]:
+            del self._steps[before:]
+            return self._take_over(bundle, settings)
+
+        return await attempted(chosen, maker.settings, bundle.folder, attempt)
+
+    async def _take_over(self, bundle: Bundle, chosen: ServeSettings) -> JSON:
+        """Load `bundle` beside what is served, try it, and serve it."""
+        slot, maker, handed = self._slot, self._maker, False
         target = chosen.target or bundle.targets[0]
         engine = maker.engine(target, chosen) if bundle.kind == "decoder" else None
         try:
@@ -148,6 +161,7 @@ class Reloader:
             "previous": {"bundle": slot.past.folder, "digest": slot.past.digest}, "steps": self._steps,
             "golden": {"what": found.what, "mean": found.mean, "stderr": found.stderr, "n": len(found.values),
                        "limit": found.limit},
+            **({"tuned_ignored": dict(chosen.tuned_ignored)} if chosen.tuned_ignored else {}),
         }  # fmt: skip
 
     def _verified(self, folder: str, digest: str | None) -> Bundle:
@@ -164,15 +178,17 @@ class Reloader:
         return bundle
 
 
-def check_memory(bundle: Bundle, engines: int, kv_cache_gb: int) -> None:
+def check_memory(bundle: Bundle, target: str | None, engines: int, kv_cache_gb: int) -> None:
     """Raise `UsageError` when another `engines` of `bundle` probably have no room beside what runs: each takes what was
-    measured when the bundle was made, and its KV cache."""
-    measured = bundle.report.get("peak_pss") or bundle.report.get("peak_rss")
+    measured of its `target` (None: the first) when the bundle was made, and its KV cache."""
+    target = target or bundle.targets[0]
+    report = bundle.measured(target)
+    measured = report.get("peak_pss") or report.get("peak_rss")
     if measured is not None:
         each = measured.value
     else:
         files = bundle.manifest["files"].items()
-        inside = f"targets/{bundle.targets[0]}/"
+        inside = f"targets/{target}/"
         each = UNMEASURED * sum(entry["size"] for name, entry in files if name.startswith(inside))
     cache = kv_cache_gb * 2**30 if bundle.kind == "decoder" else 0
     needed, available = engines * (each + cache), memory_available()

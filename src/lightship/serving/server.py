@@ -106,6 +106,7 @@ class Serving:
         from lightship.serving.app import create_shell
         from lightship.serving.deployment import Maker, kind_of
         from lightship.serving.draining import DrainingServer
+        from lightship.serving.fallback import begin
         from lightship.serving.front import Front, learn
         from lightship.serving.reload import Reloader
         from lightship.serving.slot import Slot, Switch
@@ -123,6 +124,7 @@ class Serving:
         reloader = Reloader(slot, maker, lambda: front.door.closing)
         maker.also = lambda app: admin.add_routes(app, reloader)
         slot.current = maker.deployment(kind)
+        slot.begin = lambda: begin(slot, maker, chosen)
         shell.add_middleware(Switch, slot=slot)
         stood = front.stand_before(shell, slot, slot.snapshot, slot.engines)
         return DrainingServer(uvicorn.Config(stood, **front.listening), front.door, slot.close, settings.drain), shell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class ServeSettings:
     and answer together, None for what the model has. `max_concurrent`: sequences that run together; `max_queue`:
     requests that wait. `first_token_deadline`: from arrival to the first token; `total_deadline`: to the last, None for
     none. `drain`: what runs may take so long when the server ends. `use_tuned`: take what `lightship tune` found out
-    here, where it fits; `tuned` is what was found, see `serving.tuned`; `target`: of the bundle, None for its first.
+    here, where it fits; `tuned` is what was found, see `serving.tuned`, `tuned_ignored` the `file` and the `reason` why
+    it could not be used; `target`: of the bundle, None for its first.
     `metrics_port`: None puts /metrics beside the API. `vllm_names`: export metrics under vLLM's names too. `log`: a
     line for each request goes there; None for none, 2 for standard error.
     """
@@ -35,6 +37,7 @@ class ServeSettings:
     target: str | None = None
     use_tuned: bool = True
     tuned: Entry | None = None
+    tuned_ignored: Mapping[str, str] | None = None
     keys: Path | None = field(default_factory=usual_path)
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Slot:
 
     def __init__(self) -> None:
         self.begun = False  # whether the first bundle was loaded
+        self.begin: Callable[[], Awaitable[None]] = lambda: self.current.engine.start()  # loads it
         self.coming: Deployment | None = None
         self.retiring: set[Deployment] = set()
         self.past: Past | None = None
@@ -77,7 +78,7 @@ class Slot:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self.current.engine.ready
+        return self.begun and self.current.engine.ready
 
     @property
     def live(self) -> bool:
@@ -128,7 +129,7 @@ class Slot:
 
     async def start(self) -> None:
         """Load the first bundle."""
-        await self.current.engine.start()
+        await self.begin()
         self.begun = True
 
     async def close(self) -> None:

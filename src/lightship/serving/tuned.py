@@ -9,10 +9,10 @@ from typing import Any
 
 from lightship import tuning
 from lightship.bundle import Bundle
+from lightship.errors import BundleError
 from lightship.machine import machine
 from lightship.report import Metric, Report
 from lightship.serving.settings import ServeSettings
-from lightship.tuning import Entry
 
 UNMEASURED = "unmeasured here"
 SHOWN = ("prefill", "decode", "batch1", "batch32", "load", "peak_rss", "kld", "cosine_loss", "top1")
@@ -27,11 +27,11 @@ def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], 
     """
     if not settings.use_tuned or Bundle.stated_kind(path) != "decoder":
         return settings
-    found = tuning.choose(path, Bundle.stated_digest(path), Bundle.stated_targets(path))
+    found = tuning.choose(path, Bundle.stated_digest(path), Bundle.stated_targets(path), settings.target)
     if found.said is not None:
         say(found.said)
     entry = found.entry
-    if entry is None or settings.target not in (None, entry.target):
+    if entry is None:
         return settings
     engine = entry.settings.on(settings.engine)
     if engines > 1:
@@ -40,24 +40,30 @@ def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], 
 
 
 def target_of(path: Path, settings: ServeSettings) -> str:
-    """The target that will serve the bundle at `path`, nothing verified."""
-    return settings.target or Bundle.stated_target(path)
+    """The target that will serve the bundle at `path`, nothing verified. Raises `BundleError` where it has no such."""
+    every = Bundle.stated_targets(path)
+    if settings.target is not None and settings.target not in every:
+        raise BundleError(f"{path} has no target {settings.target!r}; it has {', '.join(every)}")
+    return settings.target or every[0]
 
 
 def facts(bundle: Bundle, settings: ServeSettings) -> dict[str, Any]:
     """What /v1/models says of a bundle beside OpenAI's fields: precision, target, signature, and what was measured on
-    this machine, by `tune` or when the bundle was made; what was measured elsewhere is not shown."""
+    this machine, by `tune` or when the bundle was made; what was measured elsewhere is not shown. `tuned_ignored` tells
+    of a file of tuned settings that could not be used."""
     return {
         "precision": bundle.manifest.get("recipe", {}).get("precision", {}).get("name"),
         "target": settings.target or bundle.targets[0],
         "signature": "unsigned",  # signing is not there yet
-        "measured": _measured(bundle, settings.tuned) or UNMEASURED,
+        "measured": _measured(bundle, settings) or UNMEASURED,
+        **({"tuned_ignored": dict(settings.tuned_ignored)} if settings.tuned_ignored else {}),
     }
 
 
-def _measured(bundle: Bundle, entry: Entry | None) -> dict[str, Any] | None:
+def _measured(bundle: Bundle, settings: ServeSettings) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
-    if (report := bundle.report).meta.get("machine") == machine():
+    entry = settings.tuned
+    if (report := bundle.measured(settings.target or bundle.targets[0])).meta.get("machine") == machine():
         found["bundle"] = _figures(report)
     if entry is not None and entry.bundle == bundle.digest:
         found["tuned"] = {
