@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,10 @@ def test_another_target_does_only_its_own_stages(recipe, tmp_path):
     assert made == ["read", *(f"{stage} onnx" for stage in PER_TARGET), "evaluate", "pack"]
     assert (first.targets, second.targets) == (["openvino"], ["openvino", "onnx"])
     assert again(both, tmp_path)[1] == ["read"]
+    shutil.rmtree(recipe.out)  # packed anew from what was kept: still the first that was named before the other
+    third, made, _ = again(both, tmp_path)
+    assert made == ["read", "pack"] and third.targets == second.targets
+    assert third.report.metrics == second.report.metrics
 
 
 def test_another_bundle_in_the_way_is_kept(recipe, bundle_path, tmp_path):

@@ -75,7 +75,7 @@ def test_serve_takes_the_first_or_the_one_that_is_named(both_path):
 
 def test_chat_with_one_of_them(both_path):
     done = lightship("chat", both_path, "--target", "onnx", "--max-tokens", "4", input="Hello\n\n")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert done.returncode == 0 and done.stdout, done.stderr
     refused("chat", "http://127.0.0.1:1", "--target", "onnx", says="lightship serve")
 
 

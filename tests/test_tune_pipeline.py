@@ -165,6 +165,7 @@ def test_the_other_target_is_measured_and_served(both, monkeypatch):
     real = Processes.load
     monkeypatch.setattr(tune_pipeline, "dimensions", lambda *given: dimensions(*given)[:1])
     monkeypatch.setattr("lightship.search.settings.DROP", 0.0)  # who is slow here has its figures too
+    monkeypatch.setattr(tune_pipeline, "SECONDS", 0.5)
     measured = []
 
     def seeded(self, candidate, slowest=None):
@@ -173,7 +174,7 @@ def test_the_other_target_is_measured_and_served(both, monkeypatch):
         return found.model_copy(update={"tokens_per_second": 1e6 if candidate.target == "onnx" else 100.0})
 
     monkeypatch.setattr(Processes, "load", seeded)
-    found = tune(both.folder, LOAD, budget=60)
+    found = tune(both.folder, LOAD, budget=600)
     assert {target for target, _ in measured} == {"openvino", "onnx"}
     assert all(each.tokens_per_second > 0 and each.ttft_p50 > 0 and each.tpot_p50 > 0 for _, each in measured)
     (row,) = (row for row in found.rows if row.target == "onnx")

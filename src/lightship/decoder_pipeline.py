@@ -120,7 +120,7 @@ class Built:
                 hint=f'raise the precision, or accept it on purpose: --accept "kld<={parity.above(kld.value)}"',
             )
 
-        return several.passed(metrics, check, say)
+        return several.passed(self.gated.runtimes.made, check, say)
 
     @property
     def digests(self) -> list[str]:
@@ -129,6 +129,7 @@ class Built:
 
 
 def _by_target(evaluated: Stage) -> dict[str, list[Metric]]:
+    """What was measured of each target, in any order."""
     return {target: several.metrics(found) for target, found in evaluated.result["targets"].items()}
 
 
@@ -346,7 +347,7 @@ def _golden_cases(
     for name, runtime in runtimes.items():
         result = golden.compare(cases, original, answers(name, runtime, EngineSettings(prefix_cache=False)))
         for outcome in result.lost:
-            work.say(f"golden case {outcome.case.id} lost: {outcome.candidate[:80]!r}")
+            work.say(f"golden case {outcome.case.id} lost with {name}: {outcome.candidate[:80]!r}")
         found[name] = result.metrics()
     return found
 
@@ -379,7 +380,8 @@ def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Re
     """Measure the targets of `bundle` against the source that `recipe` names; returns that source too."""
     source = _read(recipe, work)
     runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
-    measured = _by_target(_evaluate(recipe, work, source, runtimes, [bundle.digest]))
+    found = _by_target(_evaluate(recipe, work, source, runtimes, [bundle.digest]))
+    measured = {target: found[target] for target in runtimes}
     return source.checkpoint, report_of(recipe, source.checkpoint, source.texts.describe, measured)
 
 

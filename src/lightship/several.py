@@ -40,7 +40,7 @@ def passed(targets: Iterable[str], make: Callable[[str], Made], say: Progress) -
         try:
             made[target] = make(target)
         except LimitExceeded as failure:
-            failures[target] = failure
+            failures[target] = failure.with_traceback(None)  # whose frames would keep the model in memory
             say(f"{target} is above its limit" + (": left out" if len(every) > 1 else ""))
     if not made:
         raise failures[every[0]]
