@@ -179,7 +179,7 @@ def test_the_other_target_is_measured_and_served(both, monkeypatch):
     assert all(each.tokens_per_second > 0 and each.ttft_p50 > 0 and each.tpot_p50 > 0 for _, each in measured)
     (row,) = (row for row in found.rows if row.target == "onnx")
     assert row.final.n == 3 and abs(row.kld) < 1e-4 and row.served < 1e-2 and row.verdict.startswith("winner")
-    assert "| onnx, defaults |" in tuning.to_markdown(found)
+    assert "\n| onnx, defaults " in tuning.to_markdown(found)
     with running(both, settings=ServeSettings(keys=None)) as url:
         (card,) = httpx.get(f"{url}/v1/models").json()["data"]
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a b", "max_tokens": 4}, timeout=60)
