@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lightship.bundle import Bundle
+from lightship.draft import TARGET, check_draft, open_draft, total_cache_gb
+from lightship.engine import EngineSettings
 from lightship.errors import EngineDied, LightshipError, ReloadFailed, RequestError, UnsupportedError, UsageError
 from lightship.machine import memory_available
 from lightship.serving.deployment import Maker
 from lightship.serving.front import learn
+from lightship.serving.settings import ServeSettings
 from lightship.serving.slot import Slot
 
 log = logging.getLogger("lightship.serving")
@@ -112,10 +115,11 @@ class Reloader:
         slot, maker, handed = self._slot, self._maker, False
         async with self._at("verify"):
             bundle = await asyncio.to_thread(self._verified, folder, digest)
-        async with self._at("memory"):
-            check_memory(bundle, len(maker.places), maker.settings.engine.kv_cache_gb)
             chosen = maker.chosen(bundle)
-        target = chosen.target or bundle.targets[0]
+            target = chosen.target or bundle.targets[0]
+            await asyncio.to_thread(check_same_draft, chosen, bundle, target)
+        async with self._at("memory"):
+            check_memory(bundle, len(maker.places), chosen.engine, chosen.draft)
         engine = maker.engine(target, chosen) if bundle.kind == "decoder" else None
         try:
             async with self._at("load"):
@@ -164,18 +168,37 @@ class Reloader:
         return bundle
 
 
-def check_memory(bundle: Bundle, engines: int, kv_cache_gb: int) -> None:
+def check_same_draft(chosen: ServeSettings, bundle: Bundle, target: str) -> None:
+    """Raise `LightshipError` unless the draft, where one is used, is still what it was when the server began, and can
+    propose to `bundle`."""
+    if chosen.draft is None or chosen.engine.draft is None:
+        return
+    if open_draft(chosen.draft.folder).digest != chosen.draft.digest:
+        raise UsageError(f"{chosen.draft.folder} holds another draft than when the server began",
+                         hint="start the server again")  # fmt: skip
+    check_draft(chosen.draft, bundle, target, chosen.max_context)
+
+
+def check_memory(bundle: Bundle, engines: int, settings: EngineSettings, draft: Bundle | None = None) -> None:
     """Raise `UsageError` when another `engines` of `bundle` probably have no room beside what runs: each takes what was
-    measured when the bundle was made, and its KV cache."""
-    measured = bundle.report.get("peak_pss") or bundle.report.get("peak_rss")
-    if measured is not None:
-        each = measured.value
-    else:
-        files = bundle.manifest["files"].items()
-        inside = f"targets/{bundle.targets[0]}/"
-        each = UNMEASURED * sum(entry["size"] for name, entry in files if name.startswith(inside))
-    cache = kv_cache_gb * 2**30 if bundle.kind == "decoder" else 0
-    needed, available = engines * (each + cache), memory_available()
+    measured when the bundle was made, and its KV cache; and as much of the `draft`, where `settings` name it."""
+    each = _measured(bundle)
+    if bundle.kind == "decoder":
+        folder = bundle.target_folder(bundle.targets[0] if settings.draft is None else TARGET)
+        each += total_cache_gb(folder, settings) * 2**30
+    if draft is not None and settings.draft is not None:
+        each += _measured(draft)
+    needed, available = engines * each, memory_available()
     if needed > available:
         raise UsageError(f"old and new are in memory together: the new one takes about {needed / MIB:.0f} MiB, "
                          f"{available / MIB:.0f} MiB are available")  # fmt: skip
+
+
+def _measured(bundle: Bundle) -> float:
+    """Bytes that an engine of `bundle` took, or probably takes."""
+    measured = bundle.report.get("peak_pss") or bundle.report.get("peak_rss")
+    if measured is not None:
+        return float(measured.value)
+    files = bundle.manifest["files"].items()
+    inside = f"targets/{bundle.targets[0]}/"
+    return UNMEASURED * float(sum(entry["size"] for name, entry in files if name.startswith(inside)))
