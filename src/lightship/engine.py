@@ -57,7 +57,7 @@ class EngineSettings:
 
     `prompt_lookup` tokens are proposed to each step from where the text said the same before, 0 for none (Saxena 2023,
     https://github.com/apoorvumang/prompt-lookup-decoding): the answer stays what it is, and comes sooner where it
-    copies from the prompt.
+    copies from the prompt. Or the model in the runtime folder `draft` proposes `draft_tokens`, see `lightship.draft`.
     """
 
     kv_cache_gb: int = 1
@@ -69,6 +69,8 @@ class EngineSettings:
     dynamic_quantisation_group: int | None = None
     threads: int | None = None
     prompt_lookup: int = 0
+    draft: str | None = None
+    draft_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from lightship import tuning
 from lightship.bundle import Bundle
 from lightship.checkpoint import context_length, read_json
+from lightship.draft import TARGET, check_draft
 from lightship.engine import EngineSettings
 from lightship.errors import EngineError, LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import workload
@@ -39,14 +40,17 @@ def tune(
     folder: Path,
     load: Workload,
     *,
+    draft: Bundle | None = None,
     budget: float = 600.0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Entry:
     """Find the best settings of the bundle's engine on this machine under `load`, and write them next to the bundle.
 
-    `budget`: seconds to search for; a run that began is ended, so it may take a little longer.
+    `draft`: what `open_draft` opened; whether it pays, and with how many tokens, is tried too. `budget`: seconds to
+    search for; a run that began is ended, so it may take a little longer.
 
-    Raises `UnsupportedError` for encoders, `LimitExceeded` when the bundle breaks its own limit here with its defaults.
+    Raises `UnsupportedError` for encoders and a draft that does not fit, `LimitExceeded` when the bundle breaks its own
+    limit here with its defaults.
     """
     began = time.monotonic()
     bundle = Bundle.open(folder)
@@ -55,14 +59,16 @@ def tune(
                                hint="measure it with `lightship check`")  # fmt: skip
     if load.task == "copy" and load.shared:
         raise UsageError("prompts of the task copy share their instruction only", hint="leave --shared out")
+    if draft is not None:
+        check_draft(draft, bundle, TARGET, load.tokens_in + load.tokens_out)
     limit = float(bundle.report.meta["limit_kld"])
     start = Candidate(bundle.targets[0], Chosen())
-    trials = Processes(bundle, load, limit, began + budget, budget * PATIENCE)
+    trials = Processes(bundle, load, limit, began + budget, budget * PATIENCE, draft)
     search = Search(
         trials,
         budget,
         start,
-        dimensions(bundle, load),
+        dimensions(bundle, load, draft is not None),
         {str(name): value for name, value in load.limits.items()},
         progress,
     )
@@ -74,19 +80,19 @@ def tune(
             raise LimitExceeded(f"with its defaults the bundle breaks its own limit here: {error}",
                                 hint="its libraries differ from where it was shipped") from error  # fmt: skip
         raise EngineError(f"the bundle cannot be measured with its defaults: {error}") from error
-    entry = _entry(bundle, load, limit, winner, base, list(search.rows.values()), time.monotonic() - began)
+    entry = _entry(trials, winner, base, list(search.rows.values()), time.monotonic() - began)
     progress(f"written to {tuning.write(folder, entry)}")
     return entry
 
 
-def _entry(
-    bundle: Bundle, load: Workload, limit: float, winner: Row, base: Row, rows: list[Row], seconds: float
-) -> Entry:
+def _entry(trials: Processes, winner: Row, base: Row, rows: list[Row], seconds: float) -> Entry:
+    draft = trials.draft
     assert winner.figures is not None and base.figures is not None
     return Entry(
-        bundle=bundle.digest, machine=tuning.here(), versions=tuning.versions(), workload=load,
+        bundle=trials.bundle.digest, draft=None if draft is None else draft.digest, machine=tuning.here(),
+        versions=tuning.versions(), workload=trials.workload,
         target=winner.target, settings=winner.settings, figures=winner.figures, baseline=base.figures,
-        kld=winner.kld, limit_kld=limit, rows=rows, seconds=round(seconds, 1),
+        kld=winner.kld, limit_kld=trials.limit, rows=rows, seconds=round(seconds, 1),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
@@ -94,8 +100,9 @@ def _entry(
 # ── What is tried ───────────────────────────────────────────────────────────
 
 
-def dimensions(bundle: Bundle, load: Workload) -> list[Dimension]:
-    """What to change, in the order of what usually matters most. A target names in TUNABLE what it heeds."""
+def dimensions(bundle: Bundle, load: Workload, drafted: bool = False) -> list[Dimension]:
+    """What to change, in the order of what usually matters most. A target names in TUNABLE what it heeds. `drafted`:
+    there is a draft."""
     recorded = {target: _recorded(bundle.target_folder(target)) for target in bundle.targets}
     here = machine()
     bf16 = any(feature in here["features"] for feature in BF16)
@@ -141,6 +148,9 @@ def dimensions(bundle: Bundle, load: Workload) -> list[Dimension]:
         # Greedy answers to plain text go in circles, in which lookup shines and users do not: only tasks that copy.
         return [best.with_(prompt_lookup=count) for count in (5, 10, 2)] if load.task == "copy" else []
 
+    def draft(best: Candidate) -> list[Candidate]:
+        return [best.with_(draft_tokens=count, prompt_lookup=0) for count in (3, 5, 8)] if drafted else []
+
     arithmetic: list[tuple[str, Dimension]] = [
         ("kv_precision", kv_precision),
         ("dynamic_quantisation_group", activations),
@@ -149,10 +159,10 @@ def dimensions(bundle: Bundle, load: Workload) -> list[Dimension]:
         ("max_batched_tokens", budget), ("max_batched_tokens", budget), ("threads", threads),
         ("max_num_seqs", sequences), ("prefix_cache", prefix_cache),
     ]  # fmt: skip
-    # Other arithmetic changes the answer, and with it how much of it is copied: it is settled before lookup is there.
+    # Other arithmetic changes the answer, and with it how much of it is proposed: it is settled before.
     rest = (
-        [*arithmetic, ("prompt_lookup", lookup), *order]
-        if load.task == "copy"
+        [*arithmetic, ("prompt_lookup", lookup), ("draft_tokens", draft), *order]
+        if load.task == "copy" or drafted
         else [*order[:3], *arithmetic, *order[3:]]
     )
 
@@ -194,6 +204,7 @@ class Processes:
     limit: float
     ends: float
     timeout: float
+    draft: Bundle | None = None
     waves: int = 1
     longest: float = 0.0
     _prompts: list[list[int]] = field(default_factory=list)
@@ -250,6 +261,8 @@ class Processes:
 
     def _child(self, candidate: Candidate, order: dict[str, Any]) -> dict[str, Any]:
         settings = candidate.settings.on(EngineSettings(kv_cache_gb=self.workload.kv_cache_gb))
+        if self.draft is not None and settings.draft_tokens:
+            settings = replace(settings, draft=str(self.draft.target_folder(TARGET)))
         folder = self.bundle.target_folder(candidate.target)
         order |= {"target": candidate.target, "folder": str(folder), "settings": asdict(settings)}
         ours = str(Path(__file__).parents[1])

@@ -45,6 +45,7 @@ class Chosen(_Data):
     prefix_cache: bool = EngineSettings.prefix_cache
     threads: int | None = Field(None, ge=1, le=1024)
     prompt_lookup: int = Field(0, ge=0, le=64)
+    draft_tokens: int = Field(0, ge=0, le=64)
 
     @staticmethod
     def of(settings: EngineSettings) -> Chosen:
@@ -113,10 +114,11 @@ class Row(_Data):
 
 
 class Entry(_Data):
-    """One run of `tune`: of which bundle, where, with what, under which load, and what came out. The winner is in
-    `rows` too."""
+    """One run of `tune`: of which bundle and draft, by their digests, where, with what, under which load, and what came
+    out. The winner is in `rows` too."""
 
     bundle: str = Field(pattern=r"^[0-9a-f]{64}$")
+    draft: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     machine: dict[Text, Text | int | float | list[Text] | None]
     versions: dict[Text, Text]
     workload: Workload
@@ -130,10 +132,14 @@ class Entry(_Data):
     seconds: Number
     created: Text
 
-    def fits(self, bundle: str, here: Mapping[str, Any], with_: Mapping[str, str]) -> str | None:
-        """None when it was measured on that bundle, machine and versions; else what differs."""
+    def fits(
+        self, bundle: str, here: Mapping[str, Any], with_: Mapping[str, str], draft: str | None = None
+    ) -> str | None:
+        """None when it was measured on that bundle, machine and versions, with that draft; else what differs."""
         if self.bundle != bundle:
             return "it was measured with another bundle"
+        if self.draft != draft and (draft or self.settings.draft_tokens):
+            return "it was measured with another draft or none" if draft else "it was measured with a draft"
         if self.machine != here:
             return f"it was measured on another machine ({self.machine.get('cpu')}, {self.machine.get('cores')} cores)"
         differ = [name for name in {*self.versions, *with_} if self.versions.get(name) != with_.get(name)]
@@ -220,10 +226,10 @@ class Found:
     said: str | None
 
 
-def choose(bundle: Path, digest: str, targets: list[str], target: str | None = None) -> Found:
-    """The newest entry next to `bundle` that fits its `digest`, this machine and these versions, and one of its
-    `targets`: `target`, where that is given. A file that is damaged or fits nothing here is passed over, and `said`
-    tells why; raises nothing."""
+def choose(bundle: Path, digest: str, targets: list[str], target: str | None = None, draft: str | None = None) -> Found:
+    """The newest entry next to `bundle` that fits its `digest`, this machine, these versions, the digest of its `draft`,
+    and one of its `targets`: `target`, where that is given. A file that is damaged or fits nothing here is passed over,
+    and `said` tells why; raises nothing."""
     path = place(bundle)
     try:
         entries = read(path)
@@ -233,7 +239,7 @@ def choose(bundle: Path, digest: str, targets: list[str], target: str | None = N
         return Found(None, f"ignored the tuned settings: {error.message}; run `lightship tune` again")
     misfits = []
     for entry in reversed(entries):
-        problem = entry.fits(digest, here(), versions())
+        problem = entry.fits(digest, here(), versions(), draft)
         if problem is None and entry.target not in targets:
             problem = f"the bundle has no target {entry.target}"
         if problem is None and target not in (None, entry.target):
@@ -293,7 +299,8 @@ def write(bundle: Path, entry: Entry) -> Path:
 
 
 def _same(old: Entry, new: Entry) -> bool:
-    return (old.machine, old.versions, old.workload) == (new.machine, new.versions, new.workload)
+    names = ("machine", "versions", "workload", "draft")
+    return all(getattr(old, name) == getattr(new, name) for name in names)
 
 
 # ── For people ──────────────────────────────────────────────────────────────

@@ -72,6 +72,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Seconds for what runs when the server is told to stop."),
         click.option("--threads", type=click.IntRange(1), help="Threads of each engine (default: its cores)."),
         click.option("--target", help="Of those in BUNDLE (default: what was tuned here, else the first)."),
+        click.option("--draft", type=click.Path(), metavar="BUNDLE",
+                     help="A smaller bundle with the same tokenizer, which proposes tokens; answers stay the same."),
         click.option("--untuned", is_flag=True, help="Ignore what `lightship tune` found out about BUNDLE here."),
         click.option("--metrics-port", type=click.IntRange(0, 65535), help="/metrics on a port of its own."),
         click.option("--vllm-names", is_flag=True, help="Export metrics under vLLM's names too."),
@@ -101,6 +103,7 @@ def _settings(**given: Any) -> Any:
     """The `ServeSettings` that the options describe."""
     from dataclasses import replace
 
+    from lightship.draft import open_draft
     from lightship.engine import EngineSettings
     from lightship.serving.keys import usual_path
     from lightship.serving.limits import Limits
@@ -118,6 +121,7 @@ def _settings(**given: Any) -> Any:
         name=given["name"],
         target=given["target"],
         use_tuned=not given["untuned"],
+        draft=None if given["draft"] is None else open_draft(given["draft"]),
         keys=given["keys"] or usual_path(),
         tls_cert=given["tls_cert"],
         tls_key=given["tls_key"],

@@ -20,6 +20,9 @@ from lightship.cli.display import stages
               help="Share of a prompt that all have in common.")  # fmt: skip
 @click.option("--limit", "limits", multiple=True, metavar="ttft=S|tpot=S",
               help="Seconds that 90 % of the requests must keep.")  # fmt: skip
+@click.option(
+    "--draft", type=click.Path(), metavar="BUNDLE", help="A draft, as of serve: whether it pays is tried too."
+)
 @click.option("--kv-cache", default=1, show_default=True, type=click.IntRange(1, 1024), help="GiB, as of serve.")
 @click.option("--budget", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Minutes.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -31,12 +34,14 @@ def command(
     task: str,
     shared: float,
     limits: tuple[str, ...],
+    draft: str | None,
     kv_cache: int,
     budget: float,
     as_json: bool,
 ) -> None:
     """Measure engine settings for BUNDLE on this machine, and write the best, with the whole table, to a file next to
     it. Settings that break the bundle's KLD limit are rejected."""
+    from lightship.draft import open_draft
     from lightship.tune_pipeline import tune
     from lightship.tuning import Workload, parse_limits, to_markdown
 
@@ -45,5 +50,6 @@ def command(
         "kv_cache_gb": kv_cache, "limits": parse_limits(limits),
     })  # fmt: skip
     with stages() as progress:
-        entry = tune(Path(bundle), load, budget=60 * budget, progress=progress)
+        opened = None if draft is None else open_draft(draft)
+        entry = tune(Path(bundle), load, draft=opened, budget=60 * budget, progress=progress)
     click.echo(entry.model_dump_json(indent=1) if as_json else to_markdown(entry))

@@ -93,7 +93,9 @@ class Decoder:
         """Read what the API needs; `engine` was told to load."""
         target = settings.target or bundle.targets[0]
         folder = bundle.target_folder(target)
-        model = ServedModel.load(name, bundle.digest, folder, settings.engine)
+        used = settings.draft if settings.engine.draft is not None else None
+        named = replace(settings.engine, draft=used.digest if used else None)  # wherever it lies
+        model = ServedModel.load(name, bundle.digest, folder, named)
         context = min(model.context, settings.max_context or model.context)
         model = replace(model, context=context, facts=facts(bundle, settings))
         scoring = Scoring(target, folder, settings.engine) if settings.scoring else None

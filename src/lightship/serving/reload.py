@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightship.bundle import Bundle
+from lightship.draft import TARGET, check_draft, open_draft, total_cache_gb
+from lightship.engine import EngineSettings
 from lightship.errors import EngineDied, LightshipError, ReloadFailed, RequestError, UnsupportedError, UsageError
 from lightship.machine import memory_available
 from lightship.serving.deployment import Maker
@@ -114,9 +116,10 @@ class Reloader:
         maker = self._maker
         async with self._at("verify"):
             bundle = await asyncio.to_thread(self._verified, folder, digest)
-        async with self._at("memory"):
             chosen = maker.chosen(bundle)
-            check_memory(bundle, chosen.target, len(maker.places), maker.settings.engine.kv_cache_gb)
+            await asyncio.to_thread(check_same_draft, chosen, bundle, chosen.target or bundle.targets[0])
+        async with self._at("memory"):
+            check_memory(bundle, chosen.target, len(maker.places), chosen.engine, chosen.draft)
         before = len(self._steps)
 
         def attempt(settings: ServeSettings) -> Awaitable[JSON]:
@@ -178,20 +181,39 @@ class Reloader:
         return bundle
 
 
-def check_memory(bundle: Bundle, target: str | None, engines: int, kv_cache_gb: int) -> None:
+def check_same_draft(chosen: ServeSettings, bundle: Bundle, target: str) -> None:
+    """Raise `LightshipError` unless the draft, where one is used, is still what it was when the server began, and can
+    propose to `bundle`."""
+    if chosen.draft is None or chosen.engine.draft is None:
+        return
+    if open_draft(chosen.draft.folder).digest != chosen.draft.digest:
+        raise UsageError(f"{chosen.draft.folder} holds another draft than when the server began",
+                         hint="start the server again")  # fmt: skip
+    check_draft(chosen.draft, bundle, target, chosen.max_context)
+
+
+def check_memory(
+    bundle: Bundle, target: str | None, engines: int, settings: EngineSettings, draft: Bundle | None = None
+) -> None:
     """Raise `UsageError` when another `engines` of `bundle` probably have no room beside what runs: each takes what was
-    measured of its `target` (None: the first) when the bundle was made, and its KV cache."""
+    measured of its `target` (None: the first) when the bundle was made, and its KV cache; and as much of the `draft`,
+    where `settings` name it."""
     target = target or bundle.targets[0]
-    report = bundle.measured(target)
-    measured = report.get("peak_pss") or report.get("peak_rss")
-    if measured is not None:
-        each = measured.value
-    else:
-        files = bundle.manifest["files"].items()
-        inside = f"targets/{target}/"
-        each = UNMEASURED * sum(entry["size"] for name, entry in files if name.startswith(inside))
-    cache = kv_cache_gb * 2**30 if bundle.kind == "decoder" else 0
-    needed, available = engines * (each + cache), memory_available()
+    each = _measured(bundle, target)
+    if bundle.kind == "decoder":
+        each += total_cache_gb(bundle.target_folder(target), settings) * 2**30
+    if draft is not None and settings.draft is not None:
+        each += _measured(draft, TARGET)
+    needed, available = engines * each, memory_available()
     if needed > available:
         raise UsageError(f"old and new are in memory together: the new one takes about {needed / MIB:.0f} MiB, "
                          f"{available / MIB:.0f} MiB are available")  # fmt: skip
+
+
+def _measured(bundle: Bundle, target: str) -> float:
+    """Bytes that an engine of `target` took, or probably takes."""
+    report = bundle.measured(target)
+    if (measured := report.get("peak_pss") or report.get("peak_rss")) is not None:
+        return float(measured.value)
+    files, inside = bundle.manifest["files"].items(), f"targets/{target}/"
+    return UNMEASURED * float(sum(entry["size"] for name, entry in files if name.startswith(inside)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightship.bundle import Bundle
+from lightship.draft import check_draft
 from lightship.errors import EngineError, UnsupportedError, UsageError
 from lightship.kind import Kind
 from lightship.serving.auth import check_exposure, check_tls, shares_prefix_cache
@@ -158,11 +159,14 @@ def serve(
             engine.spawn()  # imports its runtime while the bundle is verified
         try:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(path)
+            _check_draft(opened, chosen)
         except BaseException:
             if engine is not None:
                 engine.kill()
             raise
         progress(f"{opened.name} is intact; loading")
+        if chosen.engine.draft is not None and chosen.draft is not None:
+            progress(f"{chosen.draft.name} is its draft and proposes {chosen.engine.draft_tokens} tokens a step")
         for number, place in enumerate(serving.places, 1):
             if place.cores is not None:
                 threads = serving.settings.engine.threads or place.threads
@@ -174,6 +178,11 @@ def serve(
         watching.join(1)
         if app.state.failure is not None:
             raise app.state.failure
+
+
+def _check_draft(bundle: Bundle, chosen: ServeSettings) -> None:
+    if chosen.draft is not None and chosen.engine.draft is not None:
+        check_draft(chosen.draft, bundle, chosen.target or bundle.targets[0], chosen.max_context)
 
 
 def _refuse_unserved(kind: Kind) -> None:
@@ -206,6 +215,7 @@ def running(
     _refuse_unserved(opened.kind)
     with Serving(settings or ServeSettings(keys=None), host, port) as serving:
         chosen = serving.chosen(opened.folder, log.info)
+        _check_draft(opened, chosen)
         engine = serving.engine(chosen.target or opened.targets[0], chosen) if opened.kind == "decoder" else None
         server, _ = serving.server(opened, engine, chosen)
         with in_thread(server, serving.bound, serving.url):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
 from lightship.serving.keys import usual_path
 from lightship.serving.limits import Limits
@@ -25,7 +26,8 @@ class ServeSettings:
     requests that wait. `first_token_deadline`: from arrival to the first token; `total_deadline`: to the last, None for
     none. `drain`: what runs may take so long when the server ends. `use_tuned`: take what `lightship tune` found out
     here, where it fits; `tuned` is what was found, see `serving.tuned`, `tuned_ignored` the `file` and the `reason` why
-    it could not be used; `target`: of the bundle, None for its first.
+    it could not be used; `target`: of the bundle, None for its first. `draft`: what `open_draft` opened, whose model
+    proposes tokens to every bundle that is served.
     `metrics_port`: None puts /metrics beside the API. `vllm_names`: export metrics under vLLM's names too. `log`: a
     line for each request goes there; None for none, 2 for standard error.
     """
@@ -38,6 +40,7 @@ class ServeSettings:
     use_tuned: bool = True
     tuned: Entry | None = None
     tuned_ignored: Mapping[str, str] | None = None
+    draft: Bundle | None = None
     keys: Path | None = field(default_factory=usual_path)
     tls_cert: Path | None = None
     tls_key: Path | None = None

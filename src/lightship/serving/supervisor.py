@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 
+from lightship.draft import total_cache_gb
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
 from lightship.serving import wire
@@ -226,7 +227,8 @@ class Supervisor:
     async def _trouble(self) -> Trouble:
         """Wait until the engine must be replaced."""
         watchdog, worker = Watchdog(self.care.stall, self._interval), self._worker
-        growth = Growth(worker, self.care, int(self._settings.kv_cache_gb * 2**30))
+        assert self._folder is not None
+        growth = Growth(worker, self.care, total_cache_gb(self._folder, self._settings) * 2**30)
         self.memory = growth.memory
         while not await worker.ended(self._interval):
             now = time.monotonic()

@@ -10,6 +10,7 @@ from typing import Any
 from lightship import tuning
 from lightship.bundle import Bundle
 from lightship.errors import BundleError
+from lightship.draft import DRAFT_TOKENS, TARGET
 from lightship.machine import machine
 from lightship.report import Metric, Report
 from lightship.serving.settings import ServeSettings
@@ -23,11 +24,24 @@ def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], 
     by hand stays. Tells what it takes, and why it takes nothing from a file that lies there; never fails because of it.
 
     Threads are not taken for several `engines`: what was tuned had the machine to itself. The bundle need not be
-    verified yet: its digest is what its manifest has.
+    verified yet: its digest is what its manifest has. With a draft it takes only what was tuned with that one, which
+    may be to leave it out; where there is nothing, the draft proposes `DRAFT_TOKENS`.
     """
+    chosen = _tuned(path, settings, say, engines)
+    if settings.draft is None:
+        return chosen
+    tokens = chosen.tuned.settings.draft_tokens if chosen.tuned else DRAFT_TOKENS
+    if not tokens:
+        say("the draft is left out: the bundle was faster without it here")
+    draft = str(settings.draft.target_folder(TARGET)) if tokens else None
+    return replace(chosen, engine=replace(chosen.engine, draft=draft, draft_tokens=tokens))
+
+
+def _tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], engines: int) -> ServeSettings:
     if not settings.use_tuned or Bundle.stated_kind(path) != "decoder":
         return settings
-    found = tuning.choose(path, Bundle.stated_digest(path), Bundle.stated_targets(path), settings.target)
+    draft = settings.draft.digest if settings.draft else None
+    found = tuning.choose(path, Bundle.stated_digest(path), Bundle.stated_targets(path), settings.target, draft)
     if found.said is not None:
         say(found.said)
     entry = found.entry
@@ -48,13 +62,15 @@ def target_of(path: Path, settings: ServeSettings) -> str:
 
 
 def facts(bundle: Bundle, settings: ServeSettings) -> dict[str, Any]:
-    """What /v1/models says of a bundle beside OpenAI's fields: precision, target, signature, and what was measured on
-    this machine, by `tune` or when the bundle was made; what was measured elsewhere is not shown. `tuned_ignored` tells
-    of a file of tuned settings that could not be used."""
+    """What /v1/models says of a bundle beside OpenAI's fields: precision, target, signature, its draft, and what was
+    measured on this machine, by `tune` or when the bundle was made; what was measured elsewhere is not shown.
+    `tuned_ignored` tells of a file of tuned settings that could not be used."""
+    draft, tokens = settings.draft, settings.engine.draft_tokens
     return {
         "precision": bundle.manifest.get("recipe", {}).get("precision", {}).get("name"),
         "target": settings.target or bundle.targets[0],
         "signature": "unsigned",  # signing is not there yet
+        "draft": {"name": draft.name, "digest": draft.digest, "tokens": tokens} if draft and tokens else None,
         "measured": _measured(bundle, settings) or UNMEASURED,
         **({"tuned_ignored": dict(settings.tuned_ignored)} if settings.tuned_ignored else {}),
     }

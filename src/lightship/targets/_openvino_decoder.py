@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lightship.checkpoint import context_length
+from lightship.draft import cache_gb
 from lightship.engine import EngineSettings, Event, FinishReason, GenerationParams
-from lightship.errors import ContextTooLong, EngineError, RequestError
+from lightship.errors import ContextTooLong, EngineError, RequestError, UnsupportedError
 from lightship.targets import _openvino_grammar
 
 BATCHING = "continuous"
@@ -39,29 +40,54 @@ class OpenVINOEngine:
         eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
         eos = config.get("eos_token_id") if eos is None else eos
         self.eos_token_ids: tuple[int, ...] = () if eos is None else ((eos,) if isinstance(eos, int) else tuple(eos))
-        scheduler = genai.SchedulerConfig()
-        scheduler.cache_size = settings.kv_cache_gb
-        scheduler.max_num_seqs = settings.max_num_seqs
-        scheduler.max_num_batched_tokens = settings.max_batched_tokens
-        scheduler.enable_prefix_caching = settings.prefix_cache
         self._genai = genai
-        self._lookup = settings.prompt_lookup
-        given = {**properties, "prompt_lookup": True} if self._lookup else dict(properties)
+        self._drafted = settings.draft is not None
+        if self._drafted and (settings.prompt_lookup or settings.draft_tokens < 1):
+            raise UnsupportedError(f"a draft with draft_tokens {settings.draft_tokens} and prompt_lookup "
+                                   f"{settings.prompt_lookup}", hint="the first must be 1 at least, the second 0"
+                                   )  # fmt: skip
+        self._proposed = settings.draft_tokens if self._drafted else settings.prompt_lookup
+        given = {**properties, "prompt_lookup": True} if settings.prompt_lookup else dict(properties)
         try:
+            if settings.draft is not None:
+                given["draft_model"] = self._draft(folder, Path(settings.draft), settings, properties)
+            scheduler = self._scheduler(settings, settings.kv_cache_gb)
             self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", given)
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO GenAI cannot serve {folder} by continuous batching: {str(error).strip().splitlines()[-1]}",
-                hint="try --target onnx",
+                hint="try it without the draft" if self._drafted else "try --target onnx",
             ) from error
         self._most = settings.max_num_seqs  # the runtime's own bound does not hold where prefill and decode are mixed
         self._waiting: deque[tuple[int, Sequence[int], Any, tuple[int, ...]]] = deque()
         self._running: dict[int, tuple[Any, tuple[int, ...]]] = {}
-        self._held: dict[int, int] = {}  # blocks that a request may need at most, while prompt lookup is on
+        self._held: dict[int, int] = {}  # blocks that a request may need at most, where tokens are proposed
+        self._together = settings.max_batched_tokens  # tokens of the prompts that one step begins to read
         self._leaving = 0  # blocks of those cancelled, which the pipeline frees at the end of its next step
         self._next_id = 0
         self._blocks: int | None = None
         self._blocks = self._count_blocks()
+
+    def _scheduler(self, settings: EngineSettings, cache: int) -> Any:
+        scheduler = self._genai.SchedulerConfig()
+        scheduler.cache_size = cache
+        scheduler.max_num_seqs = settings.max_num_seqs
+        scheduler.max_num_batched_tokens = settings.max_batched_tokens
+        if self._drafted:
+            # A pipeline with a draft (2026.4) says a token twice where the draft has read a prompt before the model: so
+            # each is read whole, in one step, beside all that is proposed and those that were cancelled a moment ago.
+            longest = max(self.context, settings.max_batched_tokens)
+            scheduler.max_num_batched_tokens = longest + settings.max_num_seqs * (self._proposed + 1)
+            scheduler.max_num_seqs *= 2
+        scheduler.enable_prefix_caching = settings.prefix_cache
+        return scheduler
+
+    def _draft(self, folder: Path, draft: Path, settings: EngineSettings, properties: Mapping[str, Any]) -> Any:
+        """The draft with a cache of its own, which holds as many tokens: left to itself, the runtime (2026.4) divides
+        whole GiB. It computes as the model does, since its arithmetic changes no answer."""
+        self.context = min(self.context, context_length(json.loads((draft / "config.json").read_text())) or 2048)
+        scheduler = self._scheduler(settings, cache_gb(folder, draft, settings.kv_cache_gb))
+        return self._genai.draft_model(str(draft), "CPU", **properties, scheduler_config=scheduler)
 
     def submit(self, tokens: Sequence[int], params: GenerationParams) -> int:
         self._check(tokens, params)
@@ -79,14 +105,14 @@ class OpenVINOEngine:
         self._running[request_id] = (self._pipeline.add_request(request_id, ids, config), stops)
 
     def _hold(self, request_id: int, length: int) -> None:
-        """Note the blocks of a request with `length` tokens and those proposed beyond. A pipeline with prompt lookup
-        that runs out of blocks gives up on a request, or dies (2026.4): those that do not fit wait instead."""
-        if not self._lookup or self._blocks is None:
+        """Note the blocks of a request with `length` tokens and those proposed beyond. A pipeline with proposals that
+        runs out of blocks gives up on a request, or dies (2026.4): those that do not fit wait instead."""
+        if not self._proposed or self._blocks is None:
             return
-        needed = -(-(length + self._lookup) // BLOCK_TOKENS)
+        needed = -(-(length + self._proposed) // BLOCK_TOKENS)
         if needed > self._blocks:
             raise RequestError(
-                f"{length} tokens and {self._lookup} proposed ones do not fit into the KV cache of "
+                f"{length} tokens and {self._proposed} proposed ones do not fit into the KV cache of "
                 f"{self._blocks * BLOCK_TOKENS}", "prompt", "context_length_exceeded",
             )  # fmt: skip
         self._held[request_id] = needed
@@ -119,8 +145,10 @@ class OpenVINOEngine:
             stops = self._stops(params)
             config.set_eos_token_id(stops[0])  # without it the pipeline does not stop at stop_token_ids either
             config.stop_token_ids = set(stops)
-        if self._lookup:  # such a pipeline takes no request without them
-            config.num_assistant_tokens, config.max_ngram_size = self._lookup, NGRAM
+        if self._proposed:  # such a pipeline takes no request without them
+            # Of a draft without an n-gram size the runtime (2026.4) takes sampled tokens by the quotient of two
+            # probabilities of different tokens; with one, those only that the model sampled itself.
+            config.num_assistant_tokens, config.max_ngram_size = self._proposed, NGRAM
         config.logprobs = 1 if params.logprobs else 0
         config.presence_penalty = params.presence_penalty
         config.frequency_penalty = params.frequency_penalty
@@ -157,7 +185,12 @@ class OpenVINOEngine:
         return np.array(values[1 : len(tokens)], np.float32)
 
     def step(self) -> list[Event]:
+        reads = 0  # tokens of prompts
         while self._waiting and len(self._running) < self._most and self._has_room(self._waiting[0][0]):
+            length = len(self._waiting[0][1])
+            if self._drafted and reads and reads + length > self._together:
+                break
+            reads += length
             self._add(*self._waiting.popleft())
         if self._pipeline.has_non_finished_requests():
             self._pipeline.step()

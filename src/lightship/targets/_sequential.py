@@ -18,7 +18,9 @@ BATCHING = "none"
 
 
 def refuse_lookup(settings: EngineSettings) -> None:
-    """Raise `UnsupportedError` for prompt lookup."""
+    """Raise `UnsupportedError` for prompt lookup and drafts."""
+    if settings.draft is not None:
+        raise UnsupportedError("a draft is there for decoders served with OpenVINO only", hint="leave it out")
     if settings.prompt_lookup:
         raise UnsupportedError("prompt lookup is there for decoders served with OpenVINO only",
                                hint="leave prompt_lookup at 0")  # fmt: skip

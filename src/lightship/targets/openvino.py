@@ -33,7 +33,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 EXTRA = "build"
 NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 TUNABLE = ("inference_precision", "kv_precision", "dynamic_quantisation_group", "max_batched_tokens", "max_num_seqs",
-           "prefix_cache", "threads", "prompt_lookup")  # what `tune` may try  # fmt: skip
+           "prefix_cache", "threads", "prompt_lookup", "draft_tokens")  # what `tune` may try  # fmt: skip
 GRAPH = "openvino_model.xml"
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
