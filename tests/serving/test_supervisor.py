@@ -496,7 +496,23 @@ def test_who_reads_slowly_gets_larger_pieces():
     assert backlog(one, two) == [Event(1, (2, 3, 4), (-0.5, -1.0, -2.0))]
     assert backlog(one, two, last, died) == [Event(1, (2, 3, 4, 5), (-0.5, -1.0, -2.0, -3.0), "stop")]
     assert backlog(one, two, died) == [Event(1, (2, 3, 4), (-0.5, -1.0, -2.0)), died]
+    late = replace(two, at=7.0)
+    assert backlog(one, late)[0].at == backlog(one, late, died)[0].at == 7.0
     assert backlog(one, broken) == [one, broken] and backlog(died) == [died]
+
+
+def test_a_token_is_as_old_as_its_step_however_late_it_is_read(tmp_path):
+    async def run():
+        async with supervised(tmp_path) as supervisor:
+            began, stream = time.monotonic(), supervisor.generate([1], GenerationParams(max_tokens=9))
+            first = await anext(stream)
+            await until(lambda: supervisor._worker.produced == 9)
+            given = time.monotonic()
+            await asyncio.sleep(0.05)
+            rest = [event async for event in stream]
+            assert began < first.at <= rest[-1].at <= given and sum(len(event.token_ids) for event in rest) == 8
+
+    asyncio.run(run())
 
 
 # ── Memory ──────────────────────────────────────────────────────────────────
