@@ -19,7 +19,10 @@ from lightship.bundle import Bundle
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
 from lightship.serving import wire
-from lightship.serving.supervisor import TOKENLESS, Care, Supervisor, Watchdog, once_more
+from lightship.serving.generation import RECOVERY
+from lightship.serving.server import Serving
+from lightship.serving.settings import ServeSettings
+from lightship.serving.supervisor import TOKENLESS, Care, Growth, Memory, Supervisor, Watchdog, once_more
 from lightship.serving.worker import Worker, _backlog
 
 QUICK = Care(backoff=0.05, interval=0.05)
@@ -572,6 +575,30 @@ def test_an_engine_that_grows_and_never_rests_is_drained_then_not_waited_for(tmp
                 await busy
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("loading", "drain"), [(10, 20), (0, 30), (40, 0)])
+def test_who_comes_while_an_engine_drains_sees_the_next_one_in_time(monkeypatch, loading, drain):
+    """Draining and loading together take no more than half of what a request waits for its first token."""
+
+    class Busy:
+        pid, working, draining = os.getpid(), True, False
+
+    seen = Memory(200 * 2**20, 100 * 2**20, 200 * 2**20)
+    monkeypatch.setattr(Growth, "_sample", lambda self: seen)
+    growth = Growth(Busy(), Care(wait=60, grace=60, memory_limit=150 * 2**20), 0, loading)
+    began = time.monotonic() + 1000
+    assert growth.trouble(began) is None and growth.trouble(began + 59) is None and not growth._worker.draining
+    if drain:
+        assert growth.trouble(began + 61) is None and growth._worker.draining
+        assert growth.trouble(began + 59 + drain) is None
+    assert growth.trouble(began + 61 + drain).planned
+
+
+def test_an_engine_knows_how_long_requests_wait():
+    with Serving(ServeSettings(keys=None, first_token_deadline=20), "127.0.0.1", 0) as serving:
+        assert serving.engine("fake").care.wait == 20
+    assert ServeSettings(first_token_deadline=600).cared.wait == RECOVERY
 
 
 def test_a_limit_that_each_engine_passes_restarts_them_now_and_then_only(tmp_path):

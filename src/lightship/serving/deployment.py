@@ -212,7 +212,7 @@ class Maker:
 
     def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
         """What will generate with `target`; nothing is started yet."""
-        return open_engine(target, chosen.engine, chosen.care, self.places)
+        return open_engine(target, chosen.engine, chosen.cared, self.places)
 
     def kind(self, bundle: Bundle, engine: Supervisor | Fleet | None, chosen: ServeSettings) -> Kind:
         """See `kind_of`."""
