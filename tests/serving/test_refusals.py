@@ -115,6 +115,22 @@ async def test_a_request_that_never_ran_costs_no_tokens(clock):
     (await admission.enter(limited)).close()
 
 
+@virtual
+async def test_a_full_queue_does_not_use_up_the_requests_of_a_key(clock):
+    admission = Admission(Limits(blocks=10, max_queue=0), clock=clock)
+    runs = await admission.enter(demand("other", 320, 0))
+    limited = demand("a", 32, 0, requests_per_minute=1)
+    for _ in range(3):
+        with pytest.raises(Overloaded) as caught:
+            await admission.enter(limited)
+        assert caught.value.reason == "queue_full"
+    runs.close()
+    (await admission.enter(limited)).close()
+    with pytest.raises(Overloaded) as caught:
+        await admission.enter(limited)
+    assert caught.value.reason == "requests_per_minute" and is_empty(admission)
+
+
 def test_rates_follow_a_change_of_limits():
     rates = KeyRates(lambda: 0.0)
     rates.take("a", 10, None, 100)
@@ -183,6 +199,7 @@ async def test_who_would_wait_too_long_is_refused_at_once(clock):
         await admission.enter(demand("a", 100, 51, **charged))
     assert (caught.value.reason, caught.value.http_status, caught.value.code) == ("queue_slow", 429, None)
     assert admission._rates._tokens["a"].missing(1000, 1000) == 0  # it cost nothing
+    assert admission._rates._requests["a"].missing(1000, 1000) == 0
     other = asking(admission, key="b", **asked)  # goes before the second of a
     await settled()
     assert not other.done() and admission.snapshot().waiting_by_key == {"a": 2, "b": 1}

@@ -200,7 +200,7 @@ class Admission:
     def _refuse(self, waiting: _Waiting, why: str, reason: str) -> None:
         self._remove(waiting)
         retry = self._retry_after()
-        self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
+        self._rates.give_back(waiting.demand.key, waiting.demand.prompt)
         if not waiting.turn.done():
             waiting.turn.set_result(Overloaded(f"{why}; try again in {retry} s", retry, reason))
 
