@@ -21,8 +21,8 @@ from lightship.serving.server import running
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Care, Supervisor, once_more
 from lightship.serving.ticket import Demand, Limits
+from tests.serving.supervised import faults, until
 from tests.serving.test_api import worker_pids
-from tests.serving.test_supervisor import faults, until
 
 QUICK = Care(backoff=0.05, interval=0.05)
 POOL = Limits(blocks=10, max_concurrent=4)
