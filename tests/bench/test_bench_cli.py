@@ -97,7 +97,8 @@ def test_ctrl_c_prints_what_was_measured(url, tmp_path, as_json):
     record = tmp_path / "r.jsonl"
     command = [*COMMAND, url, "--clients", "2", "--requests", "100000", "--in", "20", "--out", "2", "--record",
                str(record), *as_json]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # also where a shell ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     for line in process.stderr:
         if "closed loop:" in line:
             break
