@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from lightship.checkpoint import Checkpoint, save, structure_of
+from lightship.checkpoint import Checkpoint, save
 from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
+from lightship.structure import structure_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 IDS = torch.arange(1, 41).reshape(2, 20)

@@ -76,13 +76,14 @@ class EngineSettings:
 @dataclass(frozen=True)
 class Event:
     """What one request gained in a step: new tokens (stop tokens excluded), their log-probabilities when asked for,
-    and, in its last event, why it finished."""
+    and, in its last event, why it finished. `at`: when the step returned, where that is known, by `time.monotonic`."""
 
     request_id: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    at: float | None = field(default=None, compare=False)
 
 
 @runtime_checkable

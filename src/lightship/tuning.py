@@ -227,9 +227,9 @@ class Found:
 
 
 def choose(bundle: Path, digest: str, targets: list[str], target: str | None = None, draft: str | None = None) -> Found:
-    """The newest entry next to `bundle` that fits its `digest`, this machine, these versions, the digest of its `draft`,
-    and one of its `targets`: `target`, where that is given. A file that is damaged or fits nothing here is passed over,
-    and `said` tells why; raises nothing."""
+    """The newest entry next to `bundle` that fits its `digest`, this machine, these versions, the digest of its
+    `draft`, and one of its `targets`: `target`, where that is given. A file that is damaged or fits nothing here is
+    passed over, and `said` tells why; raises nothing."""
     path = place(bundle)
     try:
         entries = read(path)

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -84,10 +86,32 @@ def test_a_limit_that_is_not_met(url):
 def test_a_sweep(url):
     done = bench(url, "--sweep", "--requests", "15", "--in", "20", "--out", "2", "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == (0 if found["knee"] else 1)
+    assert done.returncode == (0 if found["knee"] else 1) and found["partial"] is False
     assert [step["requests"] for step in found["steps"]] == [15] * len(found["steps"])
     assert found["broke"] is None or found["broke"]["limit"] in ("ttft", "tpot", "failures")
     assert "The knee: " in bench(url, "--sweep", "--requests", "5", "--in", "20", "--out", "2").stdout
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
+def test_ctrl_c_prints_what_was_measured(url, tmp_path, as_json):
+    record = tmp_path / "r.jsonl"
+    command = [*COMMAND, url, "--clients", "2", "--requests", "100000", "--in", "20", "--out", "2", "--record",
+               str(record), *as_json]  # fmt: skip
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # also where a shell ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
+    for line in process.stderr:
+        if "closed loop:" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    said, wrong = process.communicate(timeout=60)
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert process.returncode == 130 and "Traceback" not in wrong and rows
+    if as_json:
+        found = json.loads(said)
+        assert found["partial"] is True and found["requests"] == len(rows)
+    else:
+        assert said.startswith("PARTIAL") and f"{len(rows)} in " in said and "broken off" in said
 
 
 def test_a_trace(url, tmp_path):
@@ -97,6 +121,8 @@ def test_a_trace(url, tmp_path):
     trace.write_text("\n".join(map(json.dumps, rows)))
     found = json.loads(bench(url, "--trace", trace, "--json").stdout)
     assert found["outcomes"] == {"whole": 3}
+    found = json.loads(bench(url, "--trace", trace, "--sweep", "--requests", "5", "--json").stdout)
+    assert [step["requests"] for step in found["steps"]] == [5] * len(found["steps"]) and found["seed"] is not None
     trace.write_text('{"prompt": "a"}\n{"prompt": 5}')
     refused(url, "--trace", trace, says=["trace.jsonl:2", "token ids"])
 

@@ -271,6 +271,74 @@ def test_a_sweep_too_short_for_its_limits_says_so():
     assert found.broke is None and "No limit broke" in found.said()
 
 
+def test_a_sweep_over_the_lines_of_a_trace(tmp_path):
+    """From the first on, one run after the other, over and over, and not at their times."""
+    path = tmp_path / "trace.jsonl"
+    rows = [{"at": 1000.0 * number, "prompt": f"Line {number}", "max_tokens": 2} for number in range(50)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    servers = []
+
+    def server():
+        servers.append(Scripted(lambda n, b: Plan(first=1.0, each=0.0), slots=2))
+        return servers[0]
+
+    found = knee_of(server, [Limit("ttft", 8)], trace=path)
+    assert 1.4 <= found.knee.rate < found.broke.rate <= 2.6
+    asked = [each.body["prompt"] for each in servers[0].log[1:]]  # behind the probe
+    assert len(asked) > 200 and set(asked[:8]) == {f"Line {number}" for number in range(8)}
+    assert len(set(asked[:50])) > 40 and len(set(asked)) == 50  # each client leaves one out when the time is over
+    assert any("asked again" in note for note in found.steps[-1].figures.notes)
+    path.write_text("\n".join(json.dumps({"prompt": f"Line {number}", "max_tokens": 2}) for number in range(5000)))
+    found = knee_of(lambda: Scripted(lambda n, b: Plan(first=1.0, each=0.0), slots=2), [Limit("ttft", 8)], trace=path)
+    assert not any("asked again" in note for step in found.steps for note in step.figures.notes)
+
+
+# ── Broken off ──────────────────────────────────────────────────────────────
+
+
+def broken_off(work, after, **settings):
+    """What `work` gives to `cut` and `keep` when it is cancelled `after` so many seconds."""
+    cut, runs = [], []
+
+    async def main():
+        async with Scripted().open() as url:
+            task = asyncio.create_task(work(Settings(url, **settings), cut.append, runs.append))
+            await asyncio.sleep(after)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    virtually(main())
+    return cut, runs
+
+
+def one(settings, cut, keep):
+    return measure(settings, keep=keep, cut=cut)
+
+
+@pytest.mark.parametrize("load", [{"clients": 2, "requests": 1000}, {"rate": 2.0, "requests": 1000}])
+def test_a_run_that_is_broken_off_tells_what_had_ended(load):
+    (found,), (run,) = broken_off(one, 20, outputs=16, warmup=2, **load)
+    assert found.outcomes == {"whole": len(run.seen)} and 10 <= found.requests <= 45
+    assert all(each.number >= 2 and each.ended <= 20 for each in run.seen) and "broken off" in found.notes[-1]
+    assert found.e2e.mean == pytest.approx(2.0, abs=0.1)
+
+
+def test_nothing_is_told_of_a_run_that_had_not_begun():
+    assert broken_off(one, 0.2, outputs=16, clients=2, requests=10) == ([], [])
+    assert broken_off(one, 3, outputs=16, clients=2, requests=10) == ([], [])  # in the warm-up
+
+
+def test_a_sweep_that_is_broken_off_tells_the_rates_that_were_done():
+    def sweep(settings, cut, keep):
+        return find_knee(settings, [Limit("ttft", 100)], 0.9, keep=keep, cut=cut)
+
+    (found,), runs = broken_off(sweep, 200, outputs=16, clients=4, seconds=60)
+    assert [step.rate for step in found.steps] == pytest.approx([run.rate for run in runs[1:-1]], rel=0.5)
+    assert len(runs) == len(found.steps) + 2 and runs[-1].seen  # the capacity, and the rate that was cut off
+    assert broken_off(sweep, 30, outputs=16, clients=4, seconds=60)[0] == []
+
+
 def test_the_watch_sees_every_request():
     events = []
 

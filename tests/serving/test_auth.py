@@ -15,6 +15,7 @@ import pytest
 from lightship.errors import RequestError, UsageError
 from lightship.serving.auth import Doorkeeper, check_exposure, check_tls, is_loopback, needed, shares_prefix_cache
 from lightship.serving.client import stream_chat
+from lightship.serving.errors import OPEN
 from lightship.serving.keys import KeyFile, KeyRing
 from lightship.serving.limits import Limits
 from lightship.serving.protocol import DoorLoop
@@ -83,18 +84,18 @@ def strange_paths():
         )
     yield from ("/docs", "/redoc", "/openapi.json", "/livez/", "//livez", "/livez/..", "/readyz/x", "/LIVEZ",
                 "/livez%00", "/%6civez/x", "/v1/../livez", "/metrics", "/metrics/", "/admin", "/admin/x",
-                "//admin/drain", "/health", "/favicon.ico", "/.well-known/x")  # fmt: skip
+                "//admin/drain", "/health/", "/healthz", "/favicon.ico", "/.well-known/x")  # fmt: skip
 
 
 def test_every_route_and_every_other_path_needs_a_key(server, keys):
     url, app = server
     routes = set(paths_of(app))
-    assert {"/v1/chat/completions", "/v1/models/org/fake", "/openapi.json", "/metrics", "/livez"} <= routes
+    assert {"/v1/chat/completions", "/v1/models/org/fake", "/openapi.json", "/metrics", *OPEN} <= routes
     with asking(url) as ask:
         for path in [*routes, *strange_paths()]:
             for method in METHODS:
                 status, headers, body = ask(method, path)
-                if path in ("/livez", "/readyz") and method in ("GET", "HEAD"):
+                if path in OPEN and method in ("GET", "HEAD"):
                     assert status in (200, 405)  # HEAD where the route has none
                     continue
                 assert status == 401, (method, path)
@@ -105,7 +106,7 @@ def test_every_route_and_every_other_path_needs_a_key(server, keys):
 
 def test_a_key_of_the_wrong_scope_is_refused_everywhere(server, keys):
     url, app = server
-    paths = {*paths_of(app), *strange_paths()} - {"/livez", "/readyz"}
+    paths = {*paths_of(app), *strange_paths()} - {*OPEN}
     with asking(url) as ask:
         for path in paths:
             for method in ("GET", "POST", "DELETE"):

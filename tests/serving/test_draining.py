@@ -60,6 +60,7 @@ def test_readiness_goes_first_and_what_runs_may_finish(folder):
         ready, late = httpx.get(f"{url}/readyz"), httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
         assert ready.status_code == 503 and ready.json()["status"] == "stopping"
         assert httpx.get(f"{url}/livez").status_code == 200
+        assert (httpx.get(f"{url}/health").status_code, ready.json()) == (503, httpx.get(f"{url}/health").json())
         assert late.status_code == 503 and late.json()["error"]["code"] == "stopping" and late.headers["retry-after"]
         rest = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         assert rest[-1]["choices"][0]["finish_reason"] == "length"

@@ -21,8 +21,8 @@ from lightship.serving.server import running
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Care, Supervisor, once_more
 from lightship.serving.ticket import Demand, Limits
+from tests.serving.supervised import faults, until
 from tests.serving.test_api import worker_pids
-from tests.serving.test_supervisor import faults, until
 
 QUICK = Care(backoff=0.05, interval=0.05)
 POOL = Limits(blocks=10, max_concurrent=4)
@@ -209,7 +209,7 @@ def test_a_stream_that_had_begun_ends_with_the_error_and_those_of_the_others_go_
             os.kill(fleet.engines[at(fleet, tickets[0])].pid, signal.SIGKILL)
             with pytest.raises(EngineDied):
                 [event async for event in streams[0]]
-            assert len([event async for event in streams[1]]) == 59
+            assert len([token async for event in streams[1] for token in event.token_ids]) == 59
 
     asyncio.run(run())
 
@@ -225,13 +225,41 @@ def test_who_lost_its_engine_waits_for_room_and_goes_before_who_is_new(tmp_path)
             await until(lambda: fleet.engines[at(fleet, lost)]._worker.produced > 3)
             faults(tmp_path, load=60)
             os.kill(fleet.engines[at(fleet, lost)].pid, signal.SIGKILL)
-            await until(lambda: fleet._moving == 1)
+            await until(lambda: len(fleet._moving) == 1)
             new = asyncio.create_task(admission.enter(demand(32)))  # there is room for it
             await asyncio.sleep(0.1)
             assert not new.done() and not asked.done()
             held.close()
             assert await asked == list(range(2, 22)) and at(fleet, lost) == at(fleet, held)
             assert at(fleet, await new) == at(fleet, held)
+
+    asyncio.run(run())
+
+
+def test_who_lost_its_engine_keeps_room_free_at_one_other_only(tmp_path):
+    faults(tmp_path, slow=0.01)
+
+    async def run():
+        async with fleet_of(tmp_path, count=3) as fleet:
+            admission = Admission(POOL, seats=fleet)
+            lost, held, other = [await admission.enter(demand(6 * 32)) for _ in range(3)]
+            more = await admission.enter(demand(32))  # 3 blocks are left at one of them, 4 at the other
+            while at(fleet, more) == at(fleet, lost):
+                more = await admission.enter(demand(32))
+            asked = asyncio.create_task(answer(lost))
+            await until(lambda: fleet.engines[at(fleet, lost)]._worker.produced > 3)
+            faults(tmp_path, load=60)
+            os.kill(fleet.engines[at(fleet, lost)].pid, signal.SIGKILL)
+            await until(lambda: len(fleet._moving) == 1)
+            full, free = (held, other) if at(fleet, more) == at(fleet, held) else (other, held)
+            new = await asyncio.wait_for(admission.enter(demand(3 * 32)), 5)
+            assert at(fleet, new) == at(fleet, full)  # the other, where more is free, is kept for the one that moves
+            waiting = asyncio.create_task(admission.enter(demand(32)))
+            await asyncio.sleep(0.1)
+            assert not waiting.done() and not asked.done()
+            free.close()
+            assert await asked == list(range(2, 22)) and at(fleet, lost) == at(fleet, free)
+            assert at(fleet, await waiting) == at(fleet, free)
 
     asyncio.run(run())
 

@@ -51,7 +51,7 @@ def test_nothing_is_answered_without_a_key_but_health(keyed):
     url, keys, _ = keyed
     for route in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
         assert httpx.get(url + route).status_code == 401
-    for route in ("/livez", "/readyz"):
+    for route in ("/livez", "/readyz", "/health"):
         assert httpx.get(url + route).status_code == httpx.head(url + route).status_code == 200
     assert post(url, {"prompt": "a", "max_tokens": 2}).json()["error"]["code"] == "invalid_api_key"
     assert post(url, {"prompt": "a", "max_tokens": 2}, keys["plain"]).status_code == 200

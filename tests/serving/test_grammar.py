@@ -3,6 +3,7 @@ and compiling in a process that may be lost."""
 
 import asyncio
 import json
+import os
 import random
 import re
 import time
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import jsonschema
 import openai
+import psutil
 import pytest
 
 from lightship.engine import EngineSettings, GenerationParams, Grammar
@@ -233,6 +235,18 @@ def folder(bundle_path):
 
 GOOD = Grammar("ebnf", 'root ::= "a" | "b"')
 COSTLY = Grammar("regex", "(((([ab]{900}c){900}d){900}e){900}f){900}")
+
+
+def test_it_is_held_to_its_cores(folder):
+    core = max(os.sched_getaffinity(0))
+
+    async def run():
+        grammars = Grammars("openvino", folder, frozenset({core}))
+        await grammars.check(GOOD, "x")
+        assert psutil.Process(grammars._child.pid).cpu_affinity() == [core]
+        await grammars.close()
+
+    asyncio.run(run())
 
 
 def test_compiling_says_what_is_wrong_and_survives_what_is_monstrous(folder):

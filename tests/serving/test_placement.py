@@ -1,14 +1,18 @@
 """Which cores engines get, on machines described by files as the kernel writes them."""
 
+import json
 import os
 
 import pytest
 
 from lightship.engine import EngineSettings
 from lightship.errors import UnsupportedError, UsageError
-from lightship.serving.placement import Place, listed, parsed, places
+from lightship.serving.deployment import Decoder
+from lightship.serving.fleet import Fleet
+from lightship.serving.placement import Place, beside, listed, parsed, places
 from lightship.serving.server import Serving
 from lightship.serving.settings import ServeSettings
+from tests.serving.test_reload import fake_bundle
 
 
 def machine(folder, nodes, siblings=()):
@@ -101,6 +105,25 @@ def test_a_quota_is_kept_by_all_that_a_server_computes_with(monkeypatch, tmp_pat
         with Serving(settings, "127.0.0.1", 0) as serving:
             assert serving.settings.engine.threads == threads
             assert serving.engine("fake")._settings.threads == threads
+
+
+def test_what_computes_beside_the_engines_takes_the_cores_they_leave():
+    two = (Place(frozenset({0, 1}), 2), Place(frozenset({2, 3}), 2))
+    assert beside(two, usable=range(7)) == Place(frozenset({4, 5, 6}), 2)  # no more threads than an engine
+    assert beside(two, usable=range(5)) == Place(frozenset({4}), 1)
+    assert beside(two, usable=range(4)) == two[1]
+    assert beside([Place(None, 3)], usable=range(4)) == Place(None, 3) and beside([Place()]) == Place()
+
+
+def test_grammars_and_scores_of_a_deployment_have_their_place(tmp_path):
+    engines = [Place(frozenset({0}), 1), Place(frozenset({1}), 1)]
+    where = beside(engines)
+    bundle = fake_bundle(tmp_path / "bundle")
+    settings = ServeSettings(keys=None, engine=EngineSettings(threads=64))
+    decoder = Decoder.of(bundle, Fleet("fake", settings.engine, settings.cared, engines), settings, "x")
+    for process in (decoder.grammars._child, decoder.scoring._child):
+        assert process._cores == ",".join(map(str, sorted(where.cores)))
+    assert json.loads(decoder.scoring._child._arguments[-1])["threads"] == where.threads == 1
 
 
 def test_an_encoder_has_one_engine():

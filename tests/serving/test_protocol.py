@@ -214,6 +214,23 @@ def test_a_chat_stream_with_usage(client):
     assert last.choices == [] and last.usage.completion_tokens == 4
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_so_far_in_every_chunk(api, path):
+    body = CHAT if "chat" in path else {"prompt": "a"}
+    told = {"include_usage": True, "continuous_usage_stats": True}
+    answer = httpx.post(api[0] + path, json={**body, "max_tokens": 4, "stream": True, "stream_options": told})
+    *chunks, ending = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    seen = 0
+    for chunk in chunks:  # each byte is a token, so that it is known how many a chunk stands behind
+        (choice,) = chunk["choices"]
+        text = choice.get("text", "") if "chat" not in path else choice["delta"].get("content") or ""
+        seen += len(text)
+        assert chunk["usage"]["prompt_tokens"] == 1
+        assert seen <= chunk["usage"]["completion_tokens"] <= seen + (text == "")  # the role comes before its token
+        assert chunk["usage"]["total_tokens"] == 1 + chunk["usage"]["completion_tokens"]
+    assert seen == 4 and ending["choices"] == [] and ending["usage"] == chunks[-1]["usage"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_over_several_tokens(client, stream):
     answer = say(client, "a", max_tokens=20, stop=["efg", "zzz"], stream=stream)
@@ -248,6 +265,12 @@ REFUSED = [
     ("/v1/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, 400, "modalities"),
     ("/v1/chat/completions", {**CHAT, "metadata": {"a": SECRET * 2}}, 400, "metadata.a"),
     ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    (
+        "/v1/completions",
+        {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
+        400,
+        "continuous_usage_stats",
+    ),
     ("/v1/chat/completions", {"messages": [{"role": SECRET, "content": "a"}]}, 400, "messages.0.role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", "name": "x"}]}, 400, "messages.0.name"),
@@ -329,7 +352,7 @@ def test_disconnects_free_the_engine_and_its_death_is_told(endless_folder):
             data = [line for line in lines if line]
         assert json.loads(data[-2][6:])["error"]["type"] == "server_error" and data[-1] == "data: [DONE]"
         assert httpx.get(f"{url}/livez").status_code == 200
-        assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.get(f"{url}/readyz").status_code == httpx.get(f"{url}/health").status_code == 503
         answer = httpx.post(f"{url}/predict", json={"input": "a"})
         assert answer.status_code == 200  # it waited for the next engine
         assert answer.json()["usage"]["completion_tokens"] == DEFAULT_MAX_TOKENS

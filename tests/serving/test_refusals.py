@@ -115,6 +115,22 @@ async def test_a_request_that_never_ran_costs_no_tokens(clock):
     (await admission.enter(limited)).close()
 
 
+@virtual
+async def test_a_full_queue_does_not_use_up_the_requests_of_a_key(clock):
+    admission = Admission(Limits(blocks=10, max_queue=0), clock=clock)
+    runs = await admission.enter(demand("other", 320, 0))
+    limited = demand("a", 32, 0, requests_per_minute=1)
+    for _ in range(3):
+        with pytest.raises(Overloaded) as caught:
+            await admission.enter(limited)
+        assert caught.value.reason == "queue_full"
+    runs.close()
+    (await admission.enter(limited)).close()
+    with pytest.raises(Overloaded) as caught:
+        await admission.enter(limited)
+    assert caught.value.reason == "requests_per_minute" and is_empty(admission)
+
+
 def test_rates_follow_a_change_of_limits():
     rates = KeyRates(lambda: 0.0)
     rates.take("a", 10, None, 100)
@@ -183,10 +199,50 @@ async def test_who_would_wait_too_long_is_refused_at_once(clock):
         await admission.enter(demand("a", 100, 51, **charged))
     assert (caught.value.reason, caught.value.http_status, caught.value.code) == ("queue_slow", 429, None)
     assert admission._rates._tokens["a"].missing(1000, 1000) == 0  # it cost nothing
+    assert admission._rates._requests["a"].missing(1000, 1000) == 0
     other = asking(admission, key="b", **asked)  # goes before the second of a
     await settled()
     assert not other.done() and admission.snapshot().waiting_by_key == {"a": 2, "b": 1}
     runs.close()
     for task in (waits[0], other, waits[1]):
+        (await task).close()
+    assert is_empty(admission)
+
+
+@virtual
+async def test_the_first_that_ends_makes_room_however_long_the_others_take(clock):
+    """Ten answers run, the last of which began just now: one ends every ten seconds."""
+    limits = Limits(blocks=10_000, max_concurrent=10, first_token_deadline=61)
+    admission = Admission(limits, prefill=1000, decode=10, clock=clock)
+    await ran(admission, 100, 1000)
+    running = [await admission.enter(demand("a", 1, 1000)) for _ in range(10)]
+    for place, ticket in enumerate(running):
+        ticket.produced(1)
+        ticket.tokens = 100 * place
+    waits = asking(admission, output=1000)
+    await settled()
+    assert not waits.done() and admission.snapshot().waiting == 1  # though 55 s are left of each on the average
+    second, third = asking(admission, output=1000), asking(admission, output=1000)
+    fourth = asking(admission, output=1000)
+    await settled()
+    assert not second.done() and isinstance(fourth.exception(), Overloaded)  # 40 s
+    assert "about 41 s" in fourth.exception().message
+    for ticket in running:
+        ticket.close()
+    for task in (waits, second, third):
+        (await task).close()
+    assert is_empty(admission)
+
+
+@virtual
+async def test_behind_one_that_fills_the_cache_many_begin_together(clock):
+    admission = Admission(Limits(blocks=100, first_token_deadline=60), prefill=1000, decode=10, clock=clock)
+    await ran(admission, 10, 101)
+    big = await admission.enter(demand("a", 3000, 200))
+    small = [asking(admission, prompt=32, output=101) for _ in range(20)]  # 10 s each
+    await settled()
+    assert admission.snapshot().waiting == 20
+    big.close()
+    for task in small:
         (await task).close()
     assert is_empty(admission)

@@ -1,6 +1,7 @@
 """Another bundle while the server works: bundles of `FakeEngine` for every way to fail, the tiny real model for the way
 that succeeds."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 
 import httpx
 import numpy as np
@@ -18,10 +20,11 @@ import pytest
 
 from lightship.bundle import pack
 from lightship.cli import main
-from lightship.errors import LimitExceeded
+from lightship.errors import LimitExceeded, ReloadFailed
 from lightship.report import Metric, Report
 from lightship.serving.golden import Found, divergence
 from lightship.serving.keys import KeyFile
+from lightship.serving.reload import Reloader
 from lightship.serving.server import Serving, in_thread, running
 from lightship.serving.settings import ServeSettings
 from tests.serving.door import model_folder, wait_for
@@ -306,6 +309,31 @@ def test_a_server_that_is_told_to_stop_gives_the_change_up(first, tmp_path):
             thread.join(10)
             assert not thread.is_alive() and time.monotonic() - began < 10
     wait_for(lambda: set(worker_pids()) <= before)
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["told", "cancelled"])
+def test_a_change_that_was_given_up_is_remembered_as_failed(first, cancelled):
+    stopping = threading.Event()
+
+    class Slow(Reloader):
+        async def _change(self, folder, digest):
+            self._step = "load"
+            await asyncio.sleep(60)
+
+    async def run():
+        slot = types.SimpleNamespace(begun=True, current=types.SimpleNamespace(folder=str(first.folder)))
+        reloader = Slow(slot, None, stopping.is_set)
+        changing = asyncio.create_task(reloader.reload("/new"))
+        await asyncio.sleep(0.05)
+        if cancelled:
+            changing.cancel()
+        else:
+            stopping.set()
+        with pytest.raises(asyncio.CancelledError if cancelled else ReloadFailed):
+            await changing
+        assert reloader.last["status"] == "failed" and "load failed: the server is stopping" in reloader.last["reason"]
+
+    asyncio.run(run())
 
 
 def test_a_server_that_ends_while_an_old_bundle_still_answers_ends_that_too(first, tmp_path):

@@ -55,6 +55,35 @@ async def test_waiting_for_an_engine_is_no_slow_reading(clock):
 
 
 @virtual
+async def test_who_reads_slowly_does_not_make_the_engine_look_slow(clock):
+    """Ten tokens a second, of which the client takes one every ten seconds."""
+
+    async def given():
+        await asyncio.sleep(0.1)
+        for place in range(200):
+            yield Event(1, (5,), at=began + (place + 1) / 10)
+
+    admission, began = Admission(Limits(blocks=1000), decode=10, clock=clock), clock()
+    async with await admission.enter(demand("a", 64, 200)) as ticket:
+        async for _ in ticket.watch(given()):
+            await asyncio.sleep(10)
+    assert admission.snapshot().decode_speed == pytest.approx(10) and ticket.ttft == pytest.approx(0.1)
+
+
+@virtual
+async def test_waiting_for_the_next_engine_is_no_slow_writing(clock):
+    admission = Admission(Limits(blocks=1000), decode=10, clock=clock)
+    async with await admission.enter(demand("a", 64, 200)) as ticket:
+        for _ in range(20):
+            ticket.begin()
+            for _ in range(5):
+                await asyncio.sleep(0.1)
+                ticket.produced(1)
+            await asyncio.sleep(30)
+    assert admission.snapshot().decode_speed == pytest.approx(10)
+
+
+@virtual
 async def test_a_slow_end_is_fine_unless_there_is_a_total_deadline(clock):
     events = ((1, 1, None), (100, 1, None), (1, 0, "stop"))
     admission = Admission(Limits(blocks=10), clock=clock)

@@ -14,6 +14,7 @@ from lightship.bench.schedule import Schedule
 from lightship.bench.wire import Door
 
 TIMEOUT = 600.0  # seconds for one request
+Cut = Callable[["Run"], None]  # gets what a loop had measured when it was cancelled
 
 
 class Watch(Protocol):
@@ -54,20 +55,31 @@ def _clock() -> Clock:
 
 
 async def open_loop(
-    door: Door, source: Source, schedule: Schedule, watch: Watch | None = None, timeout: float = TIMEOUT
+    door: Door,
+    source: Source,
+    schedule: Schedule,
+    watch: Watch | None = None,
+    timeout: float = TIMEOUT,
+    cut: Cut = lambda run: None,
 ) -> Run:
     """Send request i of `source` at `schedule.times[i]`, then wait for all answers."""
     watch = watch or Nobody()
     requests = [source.asked(number, at) for number, at in enumerate(schedule.times)]
     measured = schedule.times[schedule.warmup :]
     watch.begin("open loop", len(requests), schedule.times[-1])
-    clock, tasks = _clock(), []
+    span = measured[-1] - schedule.opens
+    rate = len(measured) / span if span > 0 else None
+    clock, tasks, found = _clock(), [], list[Seen]()
 
-    async def one(number: int) -> Seen:
+    async def one(number: int) -> None:
         watch.sent()
         seen = await ask(door, requests[number], clock, schedule.times[number], timeout)
         watch.seen(seen)
-        return seen
+        found.append(seen)
+
+    def run() -> Run:
+        kept = tuple(sorted((each for each in found if each.number >= schedule.warmup), key=_number))
+        return Run(kept, max((each.ended for each in kept), default=schedule.opens) - schedule.opens, rate)
 
     try:
         for number, at in enumerate(schedule.times):
@@ -76,14 +88,14 @@ async def open_loop(
             elif number % 16 == 0:
                 await asyncio.sleep(0)  # late already: what was started must still get its turn
             tasks.append(asyncio.create_task(one(number)))
-        found = await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)
+    except asyncio.CancelledError:
+        cut(run())
+        raise
     finally:
         for task in tasks:
             task.cancel()
-    kept = tuple(found[schedule.warmup :])
-    span = measured[-1] - schedule.opens
-    rate = len(measured) / span if span > 0 else None
-    return Run(kept, max(each.ended for each in kept) - schedule.opens, rate)
+    return run()
 
 
 async def closed_loop(
@@ -95,6 +107,7 @@ async def closed_loop(
     warmup: int = 0,
     watch: Watch | None = None,
     timeout: float = TIMEOUT,
+    cut: Cut = lambda run: None,
 ) -> Run:
     """`clients` at a time send the next request as soon as their last one was answered, until `requests` or `seconds`
     are used up or the source is empty; what runs then is waited for. `warmup` requests run to their end before."""
@@ -102,10 +115,23 @@ async def closed_loop(
     numbers = iter(range(source.count)) if source.count is not None else count()
     if warmup:
         watch.begin("warm-up", warmup, None)
-        await _round(door, source, _first(numbers, warmup), clients, watch, timeout, None)
+        await _round(door, source, _first(numbers, warmup), clients, watch, timeout, None, [])
     watch.begin("closed loop", requests, seconds)
-    seen = await _round(door, source, _first(numbers, requests), clients, watch, timeout, seconds)
-    return Run(tuple(seen), max((each.ended for each in seen), default=0.0), clients=clients)
+    found: list[Seen] = []
+
+    def run() -> Run:
+        return Run(tuple(sorted(found, key=_number)), max((each.ended for each in found), default=0.0), clients=clients)
+
+    try:
+        await _round(door, source, _first(numbers, requests), clients, watch, timeout, seconds, found)
+    except asyncio.CancelledError:
+        cut(run())
+        raise
+    return run()
+
+
+def _number(seen: Seen) -> int:
+    return seen.number
 
 
 def _first(numbers: Iterator[int], most: int | None) -> Iterator[int]:
@@ -127,9 +153,9 @@ async def _round(
     watch: Watch,
     timeout: float,
     seconds: float | None,
-) -> list[Seen]:
+    found: list[Seen],
+) -> None:
     clock: Callable[[], float] = _clock()
-    found: list[Seen] = []
 
     async def client() -> None:
         for number in numbers:
@@ -144,4 +170,3 @@ async def _round(
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
             group.create_task(client())
-    return sorted(found, key=lambda each: each.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from lightship.bench.figures import Figures, Limit, figures
 from lightship.bench.loop import TIMEOUT, Nobody, Run, Watch, closed_loop, open_loop
 from lightship.bench.prompts import Length, Manner, Prose, Source, Synthetic
 from lightship.bench.schedule import poisson
-from lightship.bench.sweep import BISECT, HALVINGS, SHARES, Sweep, climb
-from lightship.bench.trace import Trace, needs_ids, read_trace
+from lightship.bench.sweep import BISECT, HALVINGS, SHARES, Step, Sweep, climb
+from lightship.bench.trace import Round, Trace, needs_ids, read_trace
 from lightship.bench.wire import Door, Place
 from lightship.errors import EngineError, LightshipError, UsageError
 
@@ -23,6 +24,9 @@ PROBE_WORDS = 64
 OPEN_WARMUP = 3  # requests
 STEPS = 5  # a step of a sweep lasts at least so many times the longest limit
 Keep = Callable[[Run], None]
+BROKEN_OFF = ("It was broken off: requests that ran then are in no figure, and those are the long ones more often than "
+              "not.")  # fmt: skip
+AGAIN = "Lines of the trace were asked again: a server that remembers prompts looks faster than it is. Give more lines."
 OPTIONAL = {"ignore_eos": "ignore_eos", "stream_options": "usage"}  # field of a request: of `Manner`
 
 
@@ -66,21 +70,24 @@ class Session:
     refuses, `UsageError` for settings that do not go together.
     """
 
-    def __init__(self, settings: Settings, watch: Watch | None = None) -> None:
+    def __init__(self, settings: Settings, watch: Watch | None = None, sweep: bool = False) -> None:
+        """`sweep`: it measures at several rates, for which a trace gives its lines without their times."""
         if settings.rate is not None and settings.clients is not None:
             raise UsageError("a rate and clients: open or closed loop?", hint="give --rate or --clients")
         self.settings = settings
         self.watch = watch or Nobody()
         self.door = Door(Place.of(settings.url), settings.keep_alive, settings.key)
         self.trace = None if settings.trace is None else read_trace(settings.trace)
-        if self.trace is not None and self.trace.timed and (settings.rate or settings.clients):
+        self.sweep = sweep
+        if self.trace is not None and self.trace.timed and not sweep and (settings.rate or settings.clients):
             raise UsageError("the trace says when requests are due", hint='leave out --rate and --clients, or its "at"')
         if self.trace is not None and settings.chat and needs_ids(self.trace.lines):
             raise UsageError("the trace has prompts of token ids, which --chat cannot send")
         if settings.tokenizer is not None and settings.chat:
             raise UsageError("--tokenizer makes prompts of token ids, which --chat cannot send")
         self._prose = self._load_prose()
-        self._round = 0
+        self._round = self._used = 0  # runs; lines of the trace, in a sweep
+        self.cut: Run | None = None  # what was measured of a run that was cancelled
         self.server = Server(Manner(), None, ())
 
     def _load_prose(self) -> Prose:
@@ -190,40 +197,69 @@ class Session:
     def _source(self) -> Source:
         manner, settings = self.server.manner, self.settings
         if isinstance(self.trace, Trace):
-            return replace(self.trace, manner=manner)
+            trace = replace(self.trace, manner=manner)
+            return Round(trace, self._used) if self.sweep else trace
         length, prefix = settings.inputs, settings.prefix
         if (fit := self.server.length) is not None:
             prefix = max(1, round(prefix / fit.each)) if prefix else 0
             length = max(1, fit.words(settings.inputs + settings.prefix) - prefix)
         return Synthetic(manner, self._prose, length, settings.outputs, prefix, settings.seed + 1000 * self._round)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether lines of the trace were asked more than once."""
+        return self.trace is not None and self._used > self.trace.count
+
     async def run(self, rate: float | None) -> Run:
         """One measurement: open loop at `rate` or by the trace's times, closed loop where there is neither."""
-        settings, source = self.settings, self._source()
+        source = self._source()
+        try:
+            return await self._measured(rate, source)
+        finally:
+            self._used += source.used if isinstance(source, Round) else 0
+
+    def _cut(self, run: Run) -> None:
+        self.cut = run
+
+    async def _measured(self, rate: float | None, source: Source) -> Run:
+        settings = self.settings
         requests, seconds = settings.requests, settings.seconds
         self._round += 1
         if isinstance(source, Trace) and source.timed:
             schedule = source.schedule(settings.warmup or 0, requests, seconds)
-            return await open_loop(self.door, source, schedule, self.watch, settings.timeout)
+            return await open_loop(self.door, source, schedule, self.watch, settings.timeout, self._cut)
         if rate is not None:
             warmup = settings.warmup if settings.warmup is not None else (0 if self.trace else OPEN_WARMUP)
             most = None if source.count is None else source.count - warmup
             ends = [each for each in (requests, most) if each is not None]
             schedule = poisson(rate, settings.seed, warmup, min(ends, default=None), seconds)
-            return await open_loop(self.door, source, schedule, self.watch, settings.timeout)
+            return await open_loop(self.door, source, schedule, self.watch, settings.timeout, self._cut)
         clients = settings.clients or 1
         warmup = settings.warmup if settings.warmup is not None else (0 if self.trace else clients)
-        return await closed_loop(self.door, source, clients, requests, seconds, warmup, self.watch, settings.timeout)
+        return await closed_loop(self.door, source, clients, requests, seconds, warmup, self.watch, settings.timeout,
+                                 self._cut)  # fmt: skip
 
 
 async def measure(
-    settings: Settings, limits: Sequence[Limit] = (), watch: Watch | None = None, keep: Keep | None = None
+    settings: Settings,
+    limits: Sequence[Limit] = (),
+    watch: Watch | None = None,
+    keep: Keep | None = None,
+    cut: Callable[[Figures], None] | None = None,
 ) -> Figures:
-    """The one measurement that the settings describe; `keep` gets its requests."""
+    """The one measurement that the settings describe; `keep` gets its requests. When it is cancelled `keep` and `cut`
+    get what was measured by then, if anything was."""
+    keep = keep or (lambda run: None)
     async with Session(settings, watch) as session:
-        run = await session.run(settings.rate)
-        if keep is not None:
-            keep(run)
+        try:
+            run = await session.run(settings.rate)
+        except asyncio.CancelledError:
+            if session.cut is not None and session.cut.seen:
+                keep(session.cut)
+                if cut is not None:
+                    cut(figures(session.cut, limits, (*session.server.notes, BROKEN_OFF)))
+            raise
+        keep(run)
         return figures(run, limits, session.server.notes)
 
 
@@ -233,25 +269,35 @@ async def find_knee(
     share: float,
     watch: Watch | None = None,
     keep: Keep | None = None,
+    cut: Callable[[Sweep], None] | None = None,
 ) -> Sweep:
     """Measure the capacity in a closed loop, then rates around it until fewer than `share` of the requests are within
-    all `limits`; `keep` gets the requests of each."""
-    async with Session(settings, watch) as session:
-        notes = list(session.server.notes)
+    all `limits`; `keep` gets the requests of each. A trace's lines are asked in their order, over and over. When it is
+    cancelled `keep` gets what was measured of the rate that was cut off, and `cut` the rates before it."""
+    keep = keep or (lambda run: None)
+    async with Session(settings, watch, sweep=True) as session:
+        notes, steps = list(session.server.notes), list[Step]()
 
         async def at(rate: float | None) -> Figures:
             run = await session.run(rate)
-            if keep is not None:
-                keep(run)
-            return figures(run, limits, tuple(notes))
+            keep(run)
+            return figures(run, limits, (*notes, AGAIN) if session.repeats else tuple(notes))
 
         if settings.seconds is not None and any(settings.seconds < STEPS * limit.seconds for limit in limits):
             notes.append(f"Steps of {settings.seconds:g} s are short beside the limits: a queue may not have grown "
                          f"past them yet. Give --seconds of {STEPS} times the limit.")  # fmt: skip
-        capacity = (await at(None)).requests_per_second
-        if not capacity:
-            raise EngineError("the server answered no request of the closed loop", hint="measure it without --sweep")
-        return await climb(at, [capacity * each for each in SHARES], share, BISECT, HALVINGS)
+        try:
+            capacity = (await at(None)).requests_per_second
+            if not capacity:
+                raise EngineError("the server answered no request of the closed loop",
+                                  hint="measure it without --sweep")  # fmt: skip
+            return await climb(at, [capacity * each for each in SHARES], share, BISECT, HALVINGS, steps.append)
+        except asyncio.CancelledError:
+            if session.cut is not None and session.cut.seen:
+                keep(session.cut)
+            if cut is not None and steps:
+                cut(Sweep(tuple(steps), share))
+            raise
 
 
 def refused(status: int | None, reason: str) -> LightshipError:

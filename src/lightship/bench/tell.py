@@ -136,7 +136,7 @@ def told_sweep(sweep: Sweep, seed: int | None = None) -> str:
     limits = ", ".join(sweep.steps[0].figures.limits) if sweep.steps else ""
     rule = f"A rate holds where {sweep.share:.0%} of all requests are within {limits or 'no limit but an answer'}."
     late = [f"{each.rate:.3g}" for each in sweep.steps if each.figures.late()]
-    said = list(sweep.steps[0].figures.notes) if sweep.steps else []
+    said = list(dict.fromkeys(note for each in sweep.steps for note in each.figures.notes))
     if late:
         said.append(f"The generator itself was late at {', '.join(late)} requests/s: a large part of what was "
                      "measured there is its own delay.")  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,22 @@ class Trace:
             raise UsageError(f"the trace has {self.count} requests, and the first {warmup} are warm-up",
                              hint="give a smaller --warmup")  # fmt: skip
         return Schedule(tuple(kept), warmup, opens)
+
+
+@dataclass
+class Round:
+    """The lines of a trace over and over, from the one at `start` on, whatever their times. `used`: how many requests
+    were made of them."""
+
+    trace: Trace
+    start: int
+    used: int = 0
+    count: None = None
+
+    def asked(self, number: int, at: float | None = None) -> Asked:
+        self.used = max(self.used, number + 1)
+        asked = self.trace.asked((self.start + number) % self.trace.count, at)
+        return replace(asked, number=number)
 
 
 def read_trace(path: Path) -> Trace:

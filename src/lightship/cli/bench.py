@@ -23,7 +23,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
                      "process, however slow the server is."),
         click.option("--clients", "--max-concurrency", type=COUNT,
                      help="Closed loop: so many clients, each with one request at a time (default: 8)."),
-        click.option("--sweep", is_flag=True, help="Raise the rate until a limit breaks: where is the knee?"),
+        click.option("--sweep", is_flag=True, help="Raise the rate until a limit breaks: where is the knee? A --trace "
+                     'gives its lines in their order, over and over; its "at" is not looked at.'),
         click.option("--requests", "--num-prompts", type=COUNT, help="End after so many, warm-up not counted."),
         click.option("--seconds", "--max-seconds", type=ABOVE, help="Send nothing after so long; in a sweep of each "
                      "rate. (Default: 100 requests or 60 s, whichever comes first; sweep: 30 s.)"),
@@ -66,7 +67,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def command(
     url: str, sweep: bool, limits: tuple[str, ...], share: float, record: Path | None, as_json: bool, **given: Any
 ) -> int:
-    """Measure the server at URL, such as http://127.0.0.1:8000."""
+    """Measure the server at URL, such as http://127.0.0.1:8000. Ctrl-C prints what was measured by then."""
     import asyncio
     import json
 
@@ -77,16 +78,29 @@ def command(
     from lightship.bench.view import watching
 
     settings, known = _settings(url, sweep, **given), _limits(limits, sweep)
-    seed = settings.seed if settings.trace is None else None
+    seed = settings.seed if sweep or settings.trace is None else None
     kept = None if record is None else Record(record, known)
+    cut: list[Any] = []  # what had been measured when Ctrl-C came
+    found: Any = None
     with watching(lambda line: click.echo(line, err=True)) as board:
-        if sweep:
-            found: Any = asyncio.run(find_knee(settings, known, share, board, kept))
-            text, enough = told_sweep(found, seed), found.knee is not None
-        else:
-            run = asyncio.run(measure(settings, known, board, kept))
-            found, text, enough = run, told(run, seed), run.goodput >= share
-    click.echo(json.dumps({**found.to_dict(), "seed": seed, "formulas": FORMULAS}) if as_json else text)
+        try:
+            if sweep:
+                found = asyncio.run(find_knee(settings, known, share, board, kept, cut.append))
+            else:
+                found = asyncio.run(measure(settings, known, board, kept, cut.append))
+        except KeyboardInterrupt:
+            if not cut:
+                raise
+    partial = found is None
+    found = cut[0] if partial else found
+    if as_json:
+        click.echo(json.dumps({**found.to_dict(), "seed": seed, "partial": partial, "formulas": FORMULAS}))
+    else:
+        text = told_sweep(found, seed) if sweep else told(found, seed)
+        click.echo(f"PARTIAL: stopped before its end.\n\n{text}" if partial else text)
+    if partial:
+        return 130
+    enough = found.knee is not None if sweep else found.goodput >= share
     return 0 if enough else 1
 
 
@@ -101,11 +115,12 @@ def _settings(url: str, sweep: bool, **given: Any) -> Settings:
     key = os.environ.get(variable)
     if key is None and variable != "LIGHTSHIP_KEY":
         raise UsageError(f"${variable} is not set", hint="--api-key-env names the variable that holds the key")
-    if sweep and (given["rate"] is not None or given["trace"] is not None):
-        raise UsageError("--sweep chooses its own rates and prompts", hint="leave out --rate and --trace")
-    if given["requests"] is None and given["seconds"] is None and given["trace"] is None:
+    if sweep and given["rate"] is not None:
+        raise UsageError("--sweep chooses its own rates", hint="leave out --rate")
+    chosen = sweep or given["trace"] is None  # else the trace says when, and how many
+    if given["requests"] is None and given["seconds"] is None and chosen:
         given |= {"seconds": 30.0} if sweep else {"seconds": 60.0, "requests": 100}
-    if given["rate"] is None and given["clients"] is None and given["trace"] is None:
+    if given["rate"] is None and given["clients"] is None and chosen:
         given["clients"] = 16 if sweep else 8
     if given["seed"] is None:
         given["seed"] = secrets.randbelow(10**6)

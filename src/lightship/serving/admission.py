@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from lightship.errors import Overloaded, RequestError, Timeout
@@ -198,7 +200,7 @@ class Admission:
     def _refuse(self, waiting: _Waiting, why: str, reason: str) -> None:
         self._remove(waiting)
         retry = self._retry_after()
-        self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
+        self._rates.give_back(waiting.demand.key, waiting.demand.prompt)
         if not waiting.turn.done():
             waiting.turn.set_result(Overloaded(f"{why}; try again in {retry} s", retry, reason))
 
@@ -295,13 +297,13 @@ class Admission:
         if self._observer is not None:
             self._observer.first_token(ticket)
 
-    def heard(self, ticket: Ticket, count: int, seconds: float) -> None:
-        """A ticket gained `count` tokens in `seconds`."""
+    def heard(self, ticket: Ticket, count: int, seconds: float | None) -> None:
+        """A ticket gained `count` tokens, `seconds` after those before them; None for the first of an engine."""
         self._rates.spend(ticket.demand.key, count)
         self._served[ticket.demand.key] += OUTPUT_WEIGHT * count
         if not count:
             return
-        apart = seconds * ticket.demand.sequences if ticket.tokens else None  # of one sequence's tokens
+        apart = None if seconds is None else seconds * ticket.demand.sequences  # of one sequence's tokens
         if apart is not None:
             self._decode.observe(count, apart)
         if self._observer is not None:
@@ -323,24 +325,50 @@ class Admission:
         self.fill()
 
     def _retry_after(self) -> int:
-        """Seconds until the work that is here now will be done: what each request still needs at the measured speeds
-        of one sequence, shared by as many as run together."""
-        waiting = sum(self._seconds(each.demand) for each in self._in_order())
-        return min(LONGEST_RETRY, max(1, math.ceil(self._together(waiting + self._left()))))
+        """Seconds until all that wait will have been served, or, when none does, until something that runs ends."""
+        line = list(self._in_order())
+        ends = [begin + self._seconds(each.demand) for each, begin in zip(line, self._begins(line), strict=True)]
+        soonest = max(ends) if ends else min(map(self._left, self._running), default=0.0)
+        return min(LONGEST_RETRY, max(1, math.ceil(soonest)))
 
     def _wait(self, arrived: _Waiting) -> float:
-        """Seconds until the last one of its key will probably have its first token: behind what runs, what its key has
-        waiting, and as much as that of each other key."""
-        work = {key: sum(self._seconds(each.demand) for each in queue) for key, queue in self._queues.items()}
-        own = work[arrived.demand.key]
-        ahead = sum(min(own, other) for other in work.values()) - self._seconds(arrived.demand)
-        return self._together(ahead + self._left()) + arrived.demand.prompt / self._prefill.per_second
+        """Seconds until the one that came last of its key will probably have its first token."""
+        return self._begins([*self._before(arrived), arrived])[-1] + arrived.demand.prompt / self._prefill.per_second
 
-    def _left(self) -> float:
-        return sum(self._seconds(each.demand, each.tokens, each.ttft is not None) for each in self._running)
+    def _before(self, arrived: _Waiting) -> list[_Waiting]:
+        """Who goes before it: what its key has waiting, and of every other key what begins in as much work as that."""
+        found: dict[str, list[tuple[float, _Waiting]]] = {}
+        for key, queue in self._queues.items():
+            work, found[key] = 0.0, []
+            for waiting in queue:
+                if waiting is not arrived and not waiting.turn.done():
+                    found[key].append((work, waiting))
+                    work += self._seconds(waiting.demand)
+        own = sum(self._seconds(waiting.demand) for _, waiting in found[arrived.demand.key])
+        before = [each for each in chain.from_iterable(found.values()) if each[0] <= own]
+        return [waiting for _, waiting in sorted(before, key=lambda each: (each[0], each[1].arrived))]
 
-    def _together(self, seconds: float) -> float:
-        return seconds / max(1, len(self._running))
+    def _begins(self, line: Sequence[_Waiting]) -> list[float]:
+        """In how many seconds each of `line` is let in when they go in this order, at the measured speeds of one
+        sequence: what runs ends one by one, and each that ends leaves its room to those that wait."""
+        ends = [(self._left(ticket), number, ticket.blocks, ticket.demand.sequences)
+                for number, ticket in enumerate(self._running)]  # fmt: skip
+        heapq.heapify(ends)
+        blocks = self._pools * self.limits.blocks - self._blocks
+        sequences = self._pools * self.limits.max_concurrent - self._sequences
+        now, found = 0.0, list[float]()
+        for number, waiting in enumerate(line, len(ends)):
+            while ends and (blocks < waiting.blocks or sequences < waiting.demand.sequences):
+                now, _, freed, ended = heapq.heappop(ends)
+                blocks, sequences = blocks + freed, sequences + ended
+            found.append(now)
+            blocks, sequences = blocks - waiting.blocks, sequences - waiting.demand.sequences
+            end = now + self._seconds(waiting.demand)
+            heapq.heappush(ends, (end, number, waiting.blocks, waiting.demand.sequences))
+        return found
+
+    def _left(self, ticket: Ticket) -> float:
+        return self._seconds(ticket.demand, ticket.tokens, ticket.ttft is not None)
 
     def _seconds(self, demand: Demand, produced: int = 0, read: bool = False) -> float:
         output = max(demand.outputs) if self._usual_output is None else min(max(demand.outputs), self._usual_output)

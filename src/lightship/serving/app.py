@@ -1,5 +1,6 @@
-"""The HTTP API around one engine: it is started with the app and closed with it. /livez, /readyz, errors, limits; the
-routes of a kind of model are added by `openai` and `encoder`."""
+"""The HTTP API around one engine, which is started with the app and closed with it: /livez, /readyz, /health, errors.
+
+The routes of a kind of model are added by `openai` and `encoder`."""
 
 from __future__ import annotations
 
@@ -138,6 +139,8 @@ def _health(app: FastAPI, engine: Served) -> None:
             return JSONResponse({"status": "alive"})
         return JSONResponse({"status": "stuck", "reason": engine.failure}, 503)
 
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")  # what clients of vLLM and llama.cpp probe
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz() -> Response:

@@ -1,4 +1,4 @@
-"""Who may do what: once there is a key, nothing is answered without one but /livez and /readyz."""
+"""Who may do what: once there is a key, nothing is answered without one but /livez, /readyz and /health."""
 
 from __future__ import annotations
 

@@ -28,12 +28,20 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """`python -m <module> <socket> <arguments…>`, the parent's side. After `uses` questions a new one is started."""
+    """`python -m <module> <socket> <cores> <arguments…>`, the parent's side. After `uses` questions a new one is
+    started. It is held to `cores`, None for all that this process may use."""
 
     def __init__(
-        self, module: str, arguments: Sequence[str], uses: int | None = None, quiet: bool = False, **environment: str
+        self,
+        module: str,
+        arguments: Sequence[str],
+        uses: int | None = None,
+        quiet: bool = False,
+        cores: frozenset[int] | None = None,
+        **environment: str,
     ) -> None:
         self._command = [sys.executable, "-P", "-m", module]
+        self._cores = ",".join(map(str, sorted(cores or ())))
         self._arguments, self._uses, self._quiet = list(arguments), uses, quiet
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[bytes] | None = None
@@ -77,7 +85,7 @@ class Child:
         with theirs:
             # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
             self._process = subprocess.Popen(
-                [*self._command, str(theirs.fileno()), *self._arguments], pass_fds=[theirs.fileno()],
+                [*self._command, str(theirs.fileno()), self._cores, *self._arguments], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0, env=self._environment,
                 stderr=subprocess.DEVNULL if self._quiet else None,
             )  # fmt: skip
@@ -118,8 +126,11 @@ class Child:
             await self._stop()
 
 
-def answer(descriptor: int, load: Callable[[], Callable[[JSON], JSON]]) -> None:
-    """The child's side: `load`, say so, and answer each question until the parent is gone."""
+def answer(descriptor: int, cores: str, load: Callable[[], Callable[[JSON], JSON]]) -> None:
+    """The child's side: `load`, say so, and answer each question until the parent is gone. `cores`: as in `Child`, with
+    commas between; empty for all."""
+    if cores:  # before the runtime is loaded, as with engines
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to every process of a service
     reply = load()

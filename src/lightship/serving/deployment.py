@@ -23,7 +23,7 @@ from lightship.serving.golden import Found
 from lightship.serving.grammar import Grammars
 from lightship.serving.model import ServedModel
 from lightship.serving.models import Card
-from lightship.serving.placement import Place
+from lightship.serving.placement import Place, beside
 from lightship.serving.scoring import Scoring
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
@@ -98,10 +98,11 @@ class Decoder:
         model = ServedModel.load(name, bundle.digest, folder, named)
         context = min(model.context, settings.max_context or model.context)
         model = replace(model, context=context, facts=facts(bundle, settings))
-        scoring = Scoring(target, folder, settings.engine) if settings.scoring else None
+        place = beside([each.place for each in _engines(engine)])
+        scoring = Scoring(target, folder, settings.engine, place) if settings.scoring else None
         capacity = Limits(blocks=UNKNOWN, max_concurrent=settings.max_concurrent)
-        report = bundle.measured(target)
-        return Decoder(bundle, report, engine, model, capacity, Grammars(target, folder), scoring)
+        report, grammars = bundle.measured(target), Grammars(target, folder, place.cores)
+        return Decoder(bundle, report, engine, model, capacity, grammars, scoring)
 
     @property
     def seats(self) -> Seats | None:
@@ -120,7 +121,7 @@ class Decoder:
 
     @property
     def _engines(self) -> Sequence[Supervisor]:
-        return self.engine.engines if isinstance(self.engine, Fleet) else [self.engine]
+        return _engines(self.engine)
 
     async def warm(self) -> None:
         """See `golden.warmed`."""
@@ -129,6 +130,10 @@ class Decoder:
     async def replay(self) -> Found:
         """See `golden.replayed`."""
         return await golden.replayed(self.bundle, self._engines)
+
+
+def _engines(engine: Supervisor | Fleet) -> Sequence[Supervisor]:
+    return engine.engines if isinstance(engine, Fleet) else [engine]
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ class Maker:
 
     def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
         """What will generate with `target`; nothing is started yet."""
-        return open_engine(target, chosen.engine, chosen.care, self.places)
+        return open_engine(target, chosen.engine, chosen.cared, self.places)
 
     def kind(self, bundle: Bundle, engine: Supervisor | Fleet | None, chosen: ServeSettings) -> Kind:
         """See `kind_of`."""

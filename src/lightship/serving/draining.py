@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lightship.serving import errors
 
 log = logging.getLogger("lightship.serving")
-STILL_ANSWERED = ("/livez", "/readyz", "/metrics")
+STILL_ANSWERED = (*errors.OPEN, "/metrics")
 LAST_WORDS = 2  # seconds in which streams that are cut off can still tell their clients
 
 

@@ -188,7 +188,7 @@ SCHEMA: JSON = {
         }
     },
 }
-OPEN = ("/livez", "/readyz")  # answered without a key, and 503 in a form of their own
+OPEN = ("/livez", "/readyz", "/health")  # answered without a key, and 503 in a form of their own
 
 
 def document(app: FastAPI, keyed: bool = False) -> None:

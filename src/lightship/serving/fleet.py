@@ -115,7 +115,7 @@ class Fleet:
         self._members = [_Member(engine) for engine in self.engines]
         self._by_prefix = settings.prefix_cache  # else it would help nobody
         self._pulse = asyncio.Event()
-        self._moving = 0  # seats that wait for room elsewhere
+        self._moving: list[Seat] = []  # those that wait for room elsewhere, the first first
         self._begun = False
         self.changed: Callable[[], None] = lambda: None  # called when there may be more room than before
         for engine in self.engines:
@@ -216,9 +216,23 @@ class Fleet:
         return ready or [member for member in self._members if not member.engine.down] or self._members
 
     def has_room(self, blocks: int, sequences: int, limits: Limits) -> bool:
-        """Whether an engine has so much free, once all have been loaded. Who lost its engine goes before who is new."""
-        waits = self._moving or not self._begun
-        return not waits and any(member.has_room(blocks, sequences, limits) for member in self._open())
+        """Whether an engine has so much free, once all have been loaded."""
+        return self._begun and bool(self._fitting(blocks, sequences, limits))
+
+    def _fitting(self, blocks: int, sequences: int, limits: Limits) -> list[_Member]:
+        """Engines with so much free for who is new. Who lost its engine goes before: what it needs is kept free at the
+        engine that has the most, and only there."""
+        kept = {member: (0, 0) for member in self._open()}  # blocks and sequences
+
+        def filled(member: _Member) -> float:
+            held, running = member.blocks + kept[member][0], member.sequences + kept[member][1]
+            return max(held / limits.blocks, running / limits.max_concurrent)
+
+        for seat in self._moving:
+            most = min(kept, key=filled)
+            kept[most] = kept[most][0] + seat.ticket.blocks, kept[most][1] + seat.ticket.demand.sequences
+        return [member for member, (held, running) in kept.items()
+                if member.has_room(blocks + held, sequences + running, limits)]  # fmt: skip
 
     def seat(self, ticket: Ticket, limits: Limits) -> Seat:
         """A seat for `ticket`, for which there must be room."""
@@ -228,7 +242,7 @@ class Fleet:
         return Seat(self, ticket, member, limits)
 
     def _best(self, blocks: int, sequences: int, limits: Limits, marks: Sequence[int]) -> _Member:
-        fitting = [member for member in self._open() if member.has_room(blocks, sequences, limits)]
+        fitting = self._fitting(blocks, sequences, limits)
         least = min(fitting, key=_Member.load)
         nearest = max(fitting, key=lambda member: member.knows(marks)) if marks else least
         if not nearest.knows(marks) or nearest.load() > MUCH * least.load() + SLACK:
@@ -237,11 +251,11 @@ class Fleet:
 
     async def moved(self, seat: Seat, timeout: float) -> None:
         """See `Seat.recovered`."""
-        self._moving += 1
+        self._moving.append(seat)
         try:
             await self._until(lambda: self._move(seat), timeout)
         finally:
-            self._moving -= 1
+            self._moving.remove(seat)
             self.tell()
 
     def _move(self, seat: Seat) -> bool:

@@ -49,10 +49,11 @@ class _Line:
 class Grammars:
     """The parent's side. A target without `open_compiler` has an engine without grammars."""
 
-    def __init__(self, target: str, folder: Path) -> None:
+    def __init__(self, target: str, folder: Path, cores: frozenset[int] | None = None) -> None:
+        """`cores`: as of `Child`."""
         self.supported = hasattr(find("targets", target), "open_compiler")
         self._child = Child(
-            "lightship.serving.grammar", [target, str(folder)], USES, quiet=True, MALLOC_ARENA_MAX="1"
+            "lightship.serving.grammar", [target, str(folder)], USES, quiet=True, cores=cores, MALLOC_ARENA_MAX="1"
         )  # what the compiler prints may hold the client's text
         self._verdicts: OrderedDict[str, str | None] = OrderedDict()
         self._lines: dict[str, _Line] = {}
@@ -145,4 +146,4 @@ def _cleaned(reason: str) -> str:
 
 
 if __name__ == "__main__":
-    answer(int(sys.argv[1]), lambda: _load(sys.argv[2], Path(sys.argv[3])))
+    answer(int(sys.argv[1]), sys.argv[2], lambda: _load(sys.argv[3], Path(sys.argv[4])))

@@ -24,7 +24,7 @@ from lightship.serving.model import ServedModel
 from lightship.serving.models import add_models, check_name
 from lightship.serving.prefix import Prefix
 from lightship.serving.reception import enter, whose
-from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling
+from lightship.serving.schema import ChatRequest, CompletionRequest, PredictRequest, Sampling, StreamOptions
 from lightship.serving.scoring import Scoring, echoed
 from lightship.serving.shapes import Chat, Completion
 from lightship.serving.ticket import Limits, Ticket
@@ -132,8 +132,7 @@ async def _reply(
     except BaseException as error:
         ticket.close(error)
         raise
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    return Stream(_stream(generation, first, source, shape, usage), ticket.close, keep_alive)
+    return Stream(_stream(generation, first, source, shape, body.told()), ticket.close, keep_alive)
 
 
 async def _echo(
@@ -163,8 +162,7 @@ async def _echo(
         for piece in pieces[1:]:
             yield piece
 
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    return Stream(_stream(generation, pieces[0], source(), shape, usage), silence=keep_alive)
+    return Stream(_stream(generation, pieces[0], source(), shape, body.told()), silence=keep_alive)
 
 
 async def _stream(
@@ -172,9 +170,10 @@ async def _stream(
     first: Piece | None,
     source: AsyncGenerator[Piece, None],
     shape: Chat | Completion,
-    usage: bool,
+    told: StreamOptions,
 ) -> AsyncGenerator[str, None]:
     """Server-sent events. Without a `first` piece a comment says that the answer has begun."""
+    usage, continuous = told.include_usage, bool(told.continuous_usage_stats)
     frames: dict[int, tuple[str, str]] = {}  # of each choice that has begun: what stands around a piece of mere text
 
     def failed(error: Exception) -> None:
@@ -183,10 +182,11 @@ async def _stream(
 
     def built(piece: Piece) -> str:
         chunks = shape.chunks(piece, piece.index not in frames)
-        return "".join(_event({**chunk, "usage": None} if usage else chunk) for chunk in chunks)
+        so_far = {"usage": generation.usage() if continuous else None} if usage else {}
+        return "".join(_event({**chunk, **so_far}) for chunk in chunks)
 
     def sent(piece: Piece) -> str:
-        if piece.index in frames and piece.is_text:
+        if piece.index in frames and piece.is_text and not continuous:
             before, after = frames[piece.index]
             return before + ENCODER.encode(piece.text) + after
         event = built(piece)

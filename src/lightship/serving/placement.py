@@ -58,6 +58,17 @@ def places(
     return tuple(Place(frozenset(each), max(1, min(len(each), share))) for each in sets)
 
 
+def beside(engines: Sequence[Place], usable: Sequence[int] | None = None) -> Place:
+    """Where the processes run that compute beside the `engines`, for grammars and scores: on the `usable` cores that no
+    engine is held to, where there are any, else on those of the last one, so that they slow down one engine at most."""
+    held = frozenset[int]().union(*(place.cores or () for place in engines))
+    if not held:
+        return engines[-1]
+    left = frozenset(os.sched_getaffinity(0) if usable is None else usable) - held
+    cores = left or engines[-1].cores or held
+    return Place(cores, min(len(cores), max(place.threads or len(cores) for place in engines)))
+
+
 def _given(texts: Sequence[str], usable: Sequence[int]) -> list[list[int]]:
     sets = [parsed(text) for text in texts]
     taken = [core for each in sets for core in each]

@@ -75,6 +75,12 @@ class KeyRates:
         if key in self._tokens:
             self._tokens[key].spend(tokens)
 
+    def give_back(self, key: str, prompt: int) -> None:
+        """All that `take` charged for a request that was refused: the server's queue is not the key's doing."""
+        self.spend(key, -prompt)
+        if key in self._requests:
+            self._requests[key].spend(-1)
+
 
 class Speed:
     """Tokens a second, averaged over the last tokens: `half_life` tokens later an observation counts half."""

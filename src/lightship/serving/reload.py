@@ -82,17 +82,22 @@ class Reloader:
                 await asyncio.wait({changing})  # it ends the engine that it began
             self.last = await changing
         except asyncio.CancelledError:
+            stopped = self._noted(self._failed("the server is stopping"))
             if not changing.done():  # it is this that was cancelled
                 changing.cancel()
                 raise
-            raise self._failed("the server is stopping") from None
+            raise stopped from None
         except ReloadFailed as error:
-            self.last = {"status": "failed", "reason": error.message}
-            log.error(error.message)
+            self._noted(error)
             raise
         finally:
             self._step = None
         return self.last
+
+    def _noted(self, error: ReloadFailed) -> ReloadFailed:
+        self.last = {"status": "failed", "reason": error.message}
+        log.error(error.message)
+        return error
 
     def _failed(self, why: str) -> ReloadFailed:
         return ReloadFailed(f"{self._step} failed: {why}; {self._slot.current.folder} is served as before")

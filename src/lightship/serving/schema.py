@@ -17,9 +17,11 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """`include_usage` adds a last chunk with the usage."""
+    """`include_usage` adds a last chunk with the usage; `continuous_usage_stats` puts into every other one what it is
+    so far."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -77,6 +79,10 @@ class Sampling(_Body):
             grammar=grammar,
         )
 
+    def told(self) -> StreamOptions:
+        """What a stream says besides the answer."""
+        return self.stream_options or StreamOptions()
+
     def refuse_unsupported(self) -> None:
         """Raise for what this server cannot do."""
         _refuse("logit_bias", self.logit_bias, (None, {}))
@@ -84,6 +90,8 @@ class Sampling(_Body):
             _refuse("include_obfuscation", self.stream_options.include_obfuscation, (None, False))
             if not self.stream:
                 raise RequestError("stream_options needs stream: true", "stream_options")
+            if self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
+                raise RequestError("continuous_usage_stats needs include_usage: true", "continuous_usage_stats")
 
 
 class TextPart(_Body):

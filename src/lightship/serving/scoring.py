@@ -23,6 +23,7 @@ from lightship.find import find
 from lightship.sampling import log_softmax
 from lightship.serving.child import Child, ChildFailed, answer
 from lightship.serving.generation import Generation, Piece
+from lightship.serving.placement import Place
 from lightship.serving.tokens import Alternatives, Line, Token
 
 log = logging.getLogger("lightship.serving")
@@ -33,9 +34,13 @@ Score = tuple[float | None, Alternatives | None]  # of one token: None for the f
 class Scoring:
     """The parent's side. One text at a time."""
 
-    def __init__(self, target: str, folder: Path, settings: EngineSettings) -> None:
+    def __init__(self, target: str, folder: Path, settings: EngineSettings, place: Place | None = None) -> None:
+        """`place`: where it runs, which may be with fewer threads than an engine has."""
+        place = place or Place()
+        if place.threads is not None:
+            settings = replace(settings, threads=min(settings.threads or place.threads, place.threads))
         arguments = [target, str(folder), json.dumps(asdict(settings))]
-        self._child = Child("lightship.serving.scoring", arguments)
+        self._child = Child("lightship.serving.scoring", arguments, cores=place.cores)
         self._announced: int | None = None
 
     async def score(self, tokens: Sequence[int], top: int) -> list[Score]:
@@ -136,4 +141,5 @@ def _likeliest(row: np.ndarray[Any, np.dtype[np.float64]], count: int) -> list[t
 
 
 if __name__ == "__main__":
-    answer(int(sys.argv[1]), lambda: _load(sys.argv[2], Path(sys.argv[3]), EngineSettings(**json.loads(sys.argv[4]))))
+    target, folder, settings = sys.argv[3:]
+    answer(int(sys.argv[1]), sys.argv[2], lambda: _load(target, Path(folder), EngineSettings(**json.loads(settings))))

@@ -88,7 +88,7 @@ class Serving:
     def engine(self, target: str, chosen: ServeSettings | None = None) -> Supervisor | Fleet:
         """What will generate with `target`, with settings that were `chosen` for its bundle; nothing is started yet."""
         chosen = chosen or self.settings
-        return open_engine(target, chosen.engine, chosen.care, self.places)
+        return open_engine(target, chosen.engine, chosen.cared, self.places)
 
     def server(
         self, bundle: Bundle, engine: Supervisor | Fleet | None, chosen: ServeSettings | None = None

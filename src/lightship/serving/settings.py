@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightship.bundle import Bundle
@@ -59,3 +59,8 @@ class ServeSettings:
     log_prompts: bool = False
     care: Care = field(default_factory=Care)
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def cared(self) -> Care:
+        """`care`, which knows for how long requests wait for an engine."""
+        return replace(self.care, wait=min(self.care.wait, self.first_token_deadline))

@@ -40,8 +40,9 @@ class Care:
     It is stuck when it has work and no step returned for `stall`. After `restarts` within `window` it stays down; the
     pause before them is 0, `backoff`, 2 × `backoff`, …. Above `memory_limit` (None: what it had when loaded, its KV
     cache, and `SPARE`) it is replaced as soon as it is idle; when it is busy for `grace` it gets no new requests, and
-    after another `grace` it is not waited for. That does not happen more often than `restarts` in `window` either, so
-    that a limit which is too low for the model slows it down and does not stop it. Every `interval` it is looked at.
+    after another `grace` it is not waited for, or sooner: who comes then waits for the next engine, `wait` at most, and
+    has half of that for its own prompt. It does not happen more often than `restarts` in `window` either, so that a
+    limit which is too low for the model slows it down and does not stop it. Every `interval` it is looked at.
     """
 
     stall: float = 60.0
@@ -50,6 +51,7 @@ class Care:
     backoff: float = 1.0
     memory_limit: int | None = None
     grace: float = 60.0
+    wait: float = 60.0
     interval: float = 2.0
 
 
@@ -228,7 +230,8 @@ class Supervisor:
         """Wait until the engine must be replaced."""
         watchdog, worker = Watchdog(self.care.stall, self._interval), self._worker
         assert self._folder is not None
-        growth = Growth(worker, self.care, total_cache_gb(self._folder, self._settings) * 2**30)
+        caches = total_cache_gb(self._folder, self._settings) * 2**30
+        growth = Growth(worker, self.care, int(caches), self._load_seconds)
         self.memory = growth.memory
         while not await worker.ended(self._interval):
             now = time.monotonic()
@@ -289,10 +292,11 @@ class Supervisor:
 
 
 class Growth:
-    """Watches the memory of one engine, whose KV cache may grow to `cache` bytes."""
+    """Watches the memory of one engine, whose KV cache may grow to `cache` bytes; `loading` another takes so many
+    seconds."""
 
-    def __init__(self, worker: Worker, care: Care, cache: int) -> None:
-        self._worker, self._care, self._cache = worker, care, cache
+    def __init__(self, worker: Worker, care: Care, cache: int, loading: float = 0.0) -> None:
+        self._worker, self._care, self._cache, self._loading = worker, care, cache, loading
         self._not_before = time.monotonic() + care.window / max(care.restarts, 1)
         self._above_since: float | None = None
         self.memory: Memory | None = None
@@ -300,6 +304,11 @@ class Growth:
         if self._limit is None and care.memory_limit is not None:
             log.error("the memory limit of %d MiB is below what the engine needs when loaded (%s): it is not enforced",
                       care.memory_limit // MIB, self.memory)  # fmt: skip
+
+    @property
+    def drain(self) -> float:
+        """Seconds that an engine may take to get idle once it gets no new requests: those are to see the next one."""
+        return max(0.0, min(self._care.grace, self._care.wait / 2 - self._loading))
 
     @property
     def _limit(self) -> int | None:
@@ -331,7 +340,7 @@ class Growth:
             log.warning("the engine's memory is above %d MiB: %s", self._limit // MIB, self.memory)
         waited = now - self._above_since
         self._worker.draining = waited > self._care.grace
-        if self._worker.working and waited <= 2 * self._care.grace:
+        if self._worker.working and waited <= self._care.grace + self.drain:
             return None
         return Trouble(f"the engine's memory is above {self._limit // MIB} MiB: {self.memory}", planned=True)
 

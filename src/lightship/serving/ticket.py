@@ -141,8 +141,8 @@ class Gate(Protocol):
         """Its prompt was read in `seconds`."""
         ...
 
-    def heard(self, ticket: Ticket, count: int, seconds: float) -> None:
-        """It gained `count` tokens in `seconds`."""
+    def heard(self, ticket: Ticket, count: int, seconds: float | None) -> None:
+        """It gained `count` tokens, `seconds` after those before them; None for the first of an engine."""
         ...
 
     def release(self, ticket: Ticket) -> None:
@@ -168,6 +168,7 @@ class Ticket:
         self.finish: str | None = None
         self.seat: Seat | None = None
         self._last = admitted
+        self._reading = True  # no token has come since an engine got it
         self._closed = False
 
     @property
@@ -178,25 +179,32 @@ class Ticket:
         return min((self.arrived + end for end in ends if end is not None), default=None)
 
     def begin(self) -> None:
-        """An engine gets it now, perhaps once more: the speed of reading counts from here."""
-        self.started = self._gate.now()
+        """An engine gets it now, perhaps once more: the speeds count from here."""
+        self.started, self._reading = self._gate.now(), True
 
-    def first_token(self) -> None:
+    def first_token(self, at: float | None = None) -> None:
         """The prompt has been read. Further calls change nothing."""
         if self.ttft is None and not self._closed:
-            self._last = self._gate.now()
+            self._last = self._came(at)
             self.ttft = self._last - self.arrived
-            self._gate.heard_first(self, self._last - self.started)
+            self._gate.heard_first(self, max(0.0, self._last - self.started))
 
-    def produced(self, count: int) -> None:
-        """`count` tokens more have come, of whichever sequence."""
+    def produced(self, count: int, at: float | None = None) -> None:
+        """`count` tokens more have come, of whichever sequence. `at`: when the engine gave them (default: now), which
+        may be long before a client that reads slowly lets them be taken."""
         if self._closed:
             return
-        self.first_token()
-        now = self._gate.now()
-        self._gate.heard(self, count, now - self._last)
+        self.first_token(at)
+        came = self._came(at)
+        self._gate.heard(self, count, None if self._reading else came - self._last)
+        self._reading = self._reading and not count
         self.tokens += count
-        self._last = now
+        self._last = came
+
+    def _came(self, at: float | None) -> float:
+        """No later than now and no earlier than what came before: sequences are heard one after the other."""
+        now = self._gate.now()
+        return now if at is None else max(self._last, min(at, now))
 
     @asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
@@ -216,7 +224,7 @@ class Ticket:
                         event = await anext(events, None)
                 if event is None:
                     return
-                self.produced(len(event.token_ids))
+                self.produced(len(event.token_ids), event.at)
                 self.finish = event.finish_reason or self.finish
                 yield event
         finally:

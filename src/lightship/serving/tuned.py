@@ -9,8 +9,8 @@ from typing import Any
 
 from lightship import tuning
 from lightship.bundle import Bundle
-from lightship.errors import BundleError
 from lightship.draft import DRAFT_TOKENS, TARGET
+from lightship.errors import BundleError
 from lightship.machine import machine
 from lightship.report import Metric, Report
 from lightship.serving.settings import ServeSettings

@@ -231,14 +231,15 @@ class Worker:
 
 
 def _backlog(got: Answer, stream: asyncio.Queue[Answer]) -> list[Answer]:
-    """`got` and all behind it up to the end of the answer, tokens that follow each other as one event: who cannot keep
-    up with the engine gets larger pieces instead of falling further behind."""
+    """`got` and all behind it up to the end of the answer, tokens that follow each other as one event, of the time
+    of the last: who cannot keep up with the engine gets larger pieces instead of falling further behind."""
     if stream.empty():
         return [got]
     found, tokens, logprobs, request_id = list[Answer](), list[int](), list[float](), 0
+    at: float | None = None
     while True:
         if isinstance(got, Event) and got.finish_reason != "error":
-            request_id = got.request_id
+            request_id, at = got.request_id, got.at
             tokens += got.token_ids
             logprobs += got.logprobs
             ended = got.finish_reason is not None
@@ -247,7 +248,7 @@ def _backlog(got: Answer, stream: asyncio.Queue[Answer]) -> list[Answer]:
         else:  # the tokens before it go first
             ended = True
             if tokens:
-                found.append(Event(request_id, tuple(tokens), tuple(logprobs)))
+                found.append(Event(request_id, tuple(tokens), tuple(logprobs), at=at))
             found.append(got)
         if ended or stream.empty():
             return found
@@ -360,14 +361,14 @@ class _Loop:
             self._outer[inner], self._inner[order.id] = order.id, inner
 
     def _send_events(self, events: list[Event]) -> None:
-        gained = []
+        gained, now = list[Event](), time.monotonic()  # one clock for all processes of a machine
         for event in events:
             outer = self._outer.get(event.request_id)
             if outer is None:
                 continue  # cancelled
             if event.finish_reason is not None:
                 del self._outer[event.request_id], self._inner[outer]
-            gained.append(replace(event, request_id=outer))
+            gained.append(replace(event, request_id=outer, at=now))
         if gained:
             self._send(wire.Gained(gained))
 
