@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arms import server
 from benchmarks.page import DOCS, put, spread, table
-from benchmarks.serve import server
 from lightship.bench.prompts import Prose
 
 PAGE = DOCS / "bench.md"

@@ -1,4 +1,5 @@
-"""The bare continuous-batching pipeline in one process: the same requests, closed loop, no HTTP. Baseline of `serve`.
+"""The bare continuous-batching pipeline in one process: the same requests, closed or open loop, no HTTP. The baseline
+of `benchmarks.arms`.
 
 Prints `ready`, waits for a line on standard input, works, prints the run as one JSON line.
 """
@@ -9,73 +10,122 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.load import Load, Run
 from lightship.engine import EngineSettings
 from lightship.targets.openvino import properties
 
 
-def run(folder: Path, prompts: list[list[int]], clients: int, new_tokens: int) -> dict[str, Any]:
-    """Tokens, seconds, and the times to the first token and between tokens."""
-    import openvino as ov
-    import openvino_genai as genai
+@dataclass
+class Request:
+    """A request on its way: its number in the load, when it was due, when its first and its last token came."""
 
-    settings = EngineSettings()
-    scheduler = genai.SchedulerConfig()
-    scheduler.cache_size = round(settings.kv_cache_gb)
-    scheduler.max_num_seqs = settings.max_num_seqs
-    scheduler.max_num_batched_tokens = settings.max_batched_tokens
-    scheduler.enable_prefix_caching = settings.prefix_cache
-    pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties(folder, settings))
-    eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    config = genai.GenerationConfig()
-    config.max_new_tokens = new_tokens
-    config.set_eos_token_id(eos if isinstance(eos, int) else eos[0])
+    number: int
+    due: float
+    handle: Any
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
 
-    def loop(rows: list[list[int]]) -> dict[str, Any]:
-        waiting, running = list(rows)[::-1], {}
-        number = tokens = 0
-        ttft, tpot = [], []
-        began = time.perf_counter()
-        while waiting or running:
-            while waiting and len(running) < clients:
-                number += 1
-                ids = ov.Tensor(np.array([waiting.pop()], np.int64))
-                running[number] = [pipeline.add_request(number, ids, config), time.perf_counter(), 0.0, 0.0, 0]
-            pipeline.step()
-            for key, entry in list(running.items()):
-                handle, start, *_ = entry
-                while handle.can_read():
-                    for output in handle.read().values():
-                        entry[3] = time.perf_counter()
-                        entry[2] = entry[2] or entry[3]
-                        entry[4] += len(output.generated_ids)
-                if handle.get_status() != genai.GenerationStatus.RUNNING:
-                    tokens += entry[4]
-                    ttft.append(entry[2] - start)
-                    if entry[4] > 1:
-                        tpot.append((entry[3] - entry[2]) / (entry[4] - 1))
-                    del running[key]
-        return {"tokens": tokens, "seconds": time.perf_counter() - began, "ttft": ttft, "tpot": tpot}
+    @property
+    def tpot(self) -> float | None:
+        """(last − first) / (tokens − 1)."""
+        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
-    loop(prompts[:clients])  # warm-up, with prompts that are not measured
-    print("ready", flush=True)
-    sys.stdin.readline()
-    return loop(prompts[clients:])
+
+class Bare:
+    """The pipeline, with the settings that `lightship serve` has by default."""
+
+    def __init__(self, folder: Path, new_tokens: int) -> None:
+        import openvino_genai as genai
+
+        settings = EngineSettings()
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size = settings.kv_cache_gb
+        scheduler.max_num_seqs = settings.max_num_seqs
+        scheduler.max_num_batched_tokens = settings.max_batched_tokens
+        scheduler.enable_prefix_caching = settings.prefix_cache
+        self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties(folder, settings))
+        self._running = genai.GenerationStatus.RUNNING
+        eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        self._config = genai.GenerationConfig()
+        self._config.max_new_tokens = new_tokens
+        self._config.set_eos_token_id(eos if isinstance(eos, int) else eos[0])
+        self._count = 0
+
+    def add(self, number: int, row: list[int], due: float) -> Request:
+        """Ask for `row`."""
+        import openvino as ov
+
+        self._count += 1
+        handle = self._pipeline.add_request(self._count, ov.Tensor(np.array([row], np.int64)), self._config)
+        return Request(number, due, handle)
+
+    def step(self, running: list[Request]) -> list[Request]:
+        """One step; those that go on."""
+        self._pipeline.step()
+        now = time.perf_counter()
+        for request in running:
+            while request.handle.can_read():
+                for output in request.handle.read().values():
+                    request.first, request.last = request.first or now, now
+                    request.tokens += len(output.generated_ids)
+        return [request for request in running if request.handle.get_status() == self._running]
+
+
+def run(bare: Bare, load: Load) -> Run:
+    """All rows of the load, through to the last answer."""
+    may_start, due = _closed(load) if load.times is None else _open(load.times)
+    waiting, running, done = list(enumerate(load.rows))[::-1], list[Request](), list[Request]()
+    began = time.perf_counter()
+    while waiting or running:
+        while waiting and may_start(waiting[-1][0], len(running), time.perf_counter() - began):
+            number, row = waiting.pop()
+            running.append(bare.add(number, row, began + due(number, time.perf_counter() - began)))
+        if not running:
+            time.sleep(0.001)
+            continue
+        left = bare.step(running)
+        done += [request for request in running if request not in left]
+        running = left
+    seconds = time.perf_counter() - began
+    done.sort(key=lambda request: request.number)
+    tokens = sum(request.tokens for request in done)
+    return Run(tokens, seconds, [each.first - each.due for each in done], [each.tpot for each in done])
+
+
+Rules = tuple[Callable[[int, int, float], bool], Callable[[int, float], float]]
+
+
+def _closed(load: Load) -> Rules:
+    """(whether request i may start beside so many at a time, when it was due)."""
+    clients = load.clients
+    assert clients is not None
+    return (lambda number, running, now: running < clients), (lambda number, now: now)
+
+
+def _open(times: list[float]) -> Rules:
+    return (lambda number, running, now: times[number] <= now), (lambda number, now: times[number])
 
 
 def main() -> None:
     """Print the run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inprocess", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("--clients", type=int, required=True)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("load", type=Path, help="a `benchmarks.load.Load`")
     asked = parser.parse_args()
-    print(json.dumps(run(asked.folder, json.loads(asked.prompts.read_text()), asked.clients, asked.new)))
+    load = Load.read(asked.load)
+    bare = Bare(asked.folder, load.new)
+    run(bare, load.warming)  # prompts that are not measured
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(asdict(run(bare, load))))
 
 
 if __name__ == "__main__":

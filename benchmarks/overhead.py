@@ -20,13 +20,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
+from fastapi import FastAPI
 
-from benchmarks.load import lists
+from benchmarks.arms import started
+from benchmarks.load import whole
 from benchmarks.page import put, table
-from benchmarks.serve import started
 from lightship.bench.loop import closed_loop
 from lightship.bench.prompts import Manner
 from lightship.bench.trace import Line, Trace
@@ -36,13 +37,15 @@ from lightship.calibration import default_text
 from lightship.engine import EngineSettings
 from lightship.report import Report
 from lightship.serving import openai
-from lightship.serving.app import create_app
+from lightship.serving.app import create_app, create_routes, create_shell
+from lightship.serving.deployment import Deployment
 from lightship.serving.draining import DrainingServer
 from lightship.serving.front import Front
 from lightship.serving.keys import KeyRing
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, wait_ready
 from lightship.serving.settings import ServeSettings
+from lightship.serving.slot import Slot, Switch
 from lightship.serving.supervisor import Supervisor
 from lightship.serving.ticket import Limits
 from lightship.tokenizer import load_tokenizer
@@ -66,8 +69,9 @@ def pretended(bundle: Bundle, folder: Path) -> None:
     (folder / "fake.json").write_text(json.dumps({"script": ids, "vocabulary": vocabulary, "slow": STEP}))
 
 
-def serve(folder: Path, port: int, profile: Path | None) -> None:
-    """The server of `lightship serve` before the pretended engine, until it is told to stop."""
+def serve(folder: Path, port: int, profile: Path | None, plain: bool) -> None:
+    """The server of `lightship serve` before the pretended engine, until it is told to stop; `plain`: its routes in the
+    outer app itself, where no other bundle could take their place."""
     import uvicorn
 
     settings = ServeSettings(keys=None)
@@ -76,8 +80,17 @@ def serve(folder: Path, port: int, profile: Path | None) -> None:
     model = ServedModel.load("pretended", "0" * 64, folder)
     front = Front(settings, KeyRing(None), model.name, model.context)
     admission = front.admission(Limits(blocks=10**9), Report(()))
-    app = create_app(engine, lambda app: openai.add_routes(app, engine, model, admission=admission))
-    front.furnish(app)
+
+    def add_routes(app: FastAPI) -> None:
+        openai.add_routes(app, engine, model, admission=admission)
+        front.furnish(app)
+
+    if plain:
+        app = create_app(engine, add_routes)
+    else:
+        app, slot = create_shell(engine), Slot()
+        slot.current = Deployment(cast(Any, None), admission, create_routes(app, engine, add_routes))
+        app.add_middleware(Switch, slot=slot)
     config = uvicorn.Config(front.stand_before(app, engine, admission.snapshot), **front.listening)
     server = DrainingServer(config, front.door, engine.close)
     profiler = cProfile.Profile()
@@ -90,10 +103,9 @@ def serve(folder: Path, port: int, profile: Path | None) -> None:
 
 
 @contextmanager
-def serving(folder: Path, port: int, profile: Path | None = None) -> Iterator[tuple[str, psutil.Process]]:
+def serving(folder: Path, port: int, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """(URL, process of the API)."""
-    command = ["benchmarks.overhead", "--serve", str(folder), "--port", str(port)]
-    with started([*command, "--profile", str(profile)] if profile else command) as process:
+    with started(["benchmarks.overhead", "--serve", str(folder), "--port", str(port), *options]) as process:
         url = f"http://127.0.0.1:{port}"
         wait_ready(url, alive=lambda: process.poll() is None)
         yield url, psutil.Process(process.pid)
@@ -109,25 +121,32 @@ def drain(url: str, clients: int, chat: bool) -> int:
     """All requests; returns the tokens they got."""
     content: Any = [{"role": "user", "content": "Go on."}] if chat else [1, 2, 3]
     requests = Trace((Line(content, OUT, None),) * REQUESTS * clients, Manner())
-    tokens: int = lists(asyncio.run(closed_loop(Door(Place.of(url), keep_alive=False), requests, clients)))["tokens"]
-    return tokens
+    run = whole(asyncio.run(closed_loop(Door(Place.of(url), keep_alive=False), requests, clients)))
+    return sum(each.tokens for each in run.seen)
 
 
-def measured(folder: Path, port: int, clients: int, chat: bool) -> list[str]:
-    """A row: microseconds of processor time a token in the API and in the engine's process."""
-    with serving(folder, port) as (url, api):
+def measured(folder: Path, port: int, clients: int, chat: bool, *options: str) -> list[float]:
+    """Microseconds of processor time a token in the API and in the engine's process."""
+    with serving(folder, port, *options) as (url, api):
         drain(url, clients, chat)  # what happens once
         (engine,) = api.children()
         before = spent(api), spent(engine)
         tokens = drain(url, clients, chat)
         after = spent(api), spent(engine)
-    each = [f"{1e6 * (end - start) / tokens:.0f}" for start, end in zip(before, after, strict=True)]
-    return ["chat" if chat else "completions", str(clients), str(tokens), *each]
+    return [1e6 * (end - start) / tokens for start, end in zip(before, after, strict=True)]
+
+
+def row(folder: Path, port: int, clients: int, chat: bool) -> list[str]:
+    """As served, and without the step that lets another bundle take the place of the first."""
+    api, engine = measured(folder, port, clients, chat)
+    plain, _ = measured(folder, port, clients, chat, "--plain")
+    tokens = OUT * REQUESTS * clients
+    return ["chat" if chat else "completions", str(clients), str(tokens), f"{api:.0f}", f"{plain:.0f}", f"{engine:.0f}"]
 
 
 def profiled(folder: Path, port: int, clients: int, kept: Path) -> list[list[str]]:
     """Rows of the functions in which the API spends most, their own time."""
-    with serving(folder, port, kept) as (url, _):
+    with serving(folder, port, "--profile", str(kept)) as (url, _):
         tokens = drain(url, clients, chat=True)
     stats = pstats.Stats(str(kept), stream=io.StringIO())
     total: float = stats.total_tt  # type: ignore[attr-defined]  # typeshed leaves it out
@@ -149,16 +168,19 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18_700)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve is not None:
-        return serve(asked.serve, asked.port, asked.profile)
+        return serve(asked.serve, asked.port, asked.profile, asked.plain)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pretended(Bundle.open(asked.bundle), folder)
-        rows = [["route", "clients", "tokens", "API, µs a token", "engine's process, µs a token"]]
+        rows = [
+            ["route", "clients", "tokens", "API, µs a token", "that without `reload`", "engine's process, µs a token"]
+        ]
         for chat in (False, True):
             for clients in asked.clients:
-                rows.append(measured(folder, asked.port, clients, chat))
+                rows.append(row(folder, asked.port, clients, chat))
                 print(rows[-1], file=sys.stderr)
         profile = profiled(folder, asked.port, asked.clients[-1], folder / "profile")
     put(

@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.arms import started
 from benchmarks.page import DOCS, put, spread, table
-from benchmarks.serve import started
 from lightship.pipeline import ship
 from lightship.recipe import Precision, Recipe
 from lightship.serving.server import wait_ready

@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
+from benchmarks.arms import server
 from benchmarks.page import DOCS, put, table
 from benchmarks.preflight import resident
-from benchmarks.serve import server
 from lightship.bench.client import Asked, Seen
 from lightship.bench.figures import Distribution, Figures, Limit, figures
 from lightship.bench.loop import closed_loop, open_loop

@@ -1,0 +1,121 @@
+"""The two arms of a comparison: a load through `lightship serve`, and on the bare pipeline in one process.
+
+The baseline runs while the same generator drains an identical stream from a stub: client and server share the cores in
+both arms. Each arm is started anew for each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.load import Load, Run
+from lightship.bundle import Bundle
+from lightship.calibration import default_text
+from lightship.evaluation.memory import pss_bytes, tree
+from lightship.serving.server import wait_ready
+from lightship.tokenizer import load_tokenizer
+
+ISAS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")  # of oneDNN; the last is all but AMX
+
+
+@dataclass(frozen=True)
+class Served:
+    """A run through the server, the seconds until it was ready, and bytes of PSS of its processes after the warm-up."""
+
+    run: Run
+    ready: float
+    memory: int
+
+
+def tokens_of(bundle: Bundle) -> list[int]:
+    """English prose as token ids of the bundle."""
+    tokenizer = load_tokenizer(bundle.target_folder("openvino"))
+    text = "".join(document.text for document in default_text().documents)
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def pieces(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """`count` different pieces of `ids`, each of `length` tokens."""
+    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    return [list(ids[start : start + length]) for start in starts]
+
+
+def masked(isa: str | None) -> str:
+    """Hide newer instructions than `isa` from oneDNN in this process and all that it starts; what to add to the name of
+    the benchmark's section."""
+    if isa is None:
+        return ""
+    os.environ["ONEDNN_MAX_CPU_ISA"] = isa
+    return f" --isa {isa}"
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A child process, ended afterwards."""
+    process = subprocess.Popen([sys.executable, "-m", *command], text=True, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextlib.contextmanager
+def server(bundle: Path, port: int, *options: str) -> Iterator[tuple[str, int, float]]:
+    """(URL, process id, seconds from the start of the process to readiness)."""
+    began = time.perf_counter()
+    command = ["lightship", "serve", str(bundle), "--port", str(port), *options]
+    with started(command, stderr=subprocess.DEVNULL) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(url, alive=lambda: process.poll() is None)
+        yield url, process.pid, time.perf_counter() - began
+
+
+def generate(url: str, load: Path, *options: str) -> Run:
+    """One run of the load generator, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.load", url, str(load), *options]
+    return Run(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+class Arms:
+    """Both arms with one load; their files lie in `folder`."""
+
+    def __init__(self, bundle: Bundle, folder: Path, load: Load) -> None:
+        self.bundle, self.load = bundle, load
+        self._file, self._recorded = load.write(folder / "load.json"), folder / "recorded"
+
+    def served(self, port: int, *options: str) -> Served:
+        """Through `lightship serve`."""
+        with server(self.bundle.folder, port, "--untuned", *options) as (url, pid, ready):
+            generate(url, self._file, "--warm")
+            size = sum(map(pss_bytes, tree(pid)))
+            run = generate(url, self._file, "--record", str(self._recorded))
+            return Served(run, ready, size)
+
+    def in_process(self, like: Run) -> Run:
+        """The bare pipeline, while the generator drains a stub at the pace of the run `like`."""
+        pace = ["--first", str(like.middle("ttft")), "--each", str(like.middle("tpot"))]
+        bare = ["benchmarks.inprocess", str(self.bundle.target_folder("openvino")), str(self._file)]
+        with (
+            started(["benchmarks.stub", str(self._recorded), *pace], stdout=subprocess.PIPE) as replaying,
+            started(bare, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as pipeline,
+        ):
+            assert replaying.stdout and pipeline.stdin and pipeline.stdout
+            port = replaying.stdout.readline().strip()
+            assert pipeline.stdout.readline() == "ready\n"
+            drain = ["benchmarks.load", f"http://127.0.0.1:{port}", str(self._file)]
+            with started(drain, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+                pipeline.stdin.write("\n")
+                pipeline.stdin.flush()
+                return Run(**json.loads(pipeline.stdout.readline()))

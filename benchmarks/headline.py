@@ -1,0 +1,144 @@
+"""The highest rate of requests at which nearly all meet their limits, through the server and on the bare pipeline.
+
+A random llama of 1.24 B parameters, 1 500 tokens in, of which 1 000 are the same in all, 100 out; open loop, arrivals
+by a Poisson process, latency from when a request was due. Rates are 5 % apart, and both arms get the same arrivals and
+prompts at a rate. A rate holds when 90 % of the requests meet both limits; the knee is the highest that holds below all
+that do not. Which requests fall together is chance, so that a rate may hold or fail by luck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import models
+from benchmarks.arms import ISAS, Arms, masked, pieces, tokens_of
+from benchmarks.load import Load, Run
+from benchmarks.page import put, table
+from lightship.bench.schedule import poisson
+from lightship.bundle import Bundle
+
+SHARED, OWN, OUT = 1000, 500, 100  # tokens
+SHARE = 0.9  # of the requests must meet both limits
+STEP = 1.05  # between two rates
+LOOSE = ("--accept", "kld<=100")  # random weights: how exact they are does not matter here
+
+
+Pair = tuple[Run, Run]  # through the server, and on the bare pipeline
+
+
+class Ground:
+    """A bundle, and what was found at each rate: place p on the scale is `STEP`^p requests a second."""
+
+    def __init__(self, bundle: Bundle, count: int, ttft: float, tpot: float, port: int) -> None:
+        self.bundle, self.count, self.ttft, self.tpot, self._port = bundle, count, ttft, tpot, port
+        self._ids = tokens_of(bundle)
+        self.tried: dict[int, Pair] = {}
+
+    def holds(self, arm: int, place: int) -> bool:
+        """Whether enough requests of that arm keep the limits at that rate; both arms are measured when it is new."""
+        if place not in self.tried:
+            self.tried[place] = self._measure(place)
+        return self.tried[place][arm].within(self.ttft, self.tpot) >= SHARE
+
+    def knee(self, arm: int) -> int | None:
+        """The highest place that held below all that did not; None when none held."""
+        broken = min((place for place in self.tried if not self.holds(arm, place)), default=sys.maxsize)
+        return max((place for place in self.tried if self.holds(arm, place) and place < broken), default=None)
+
+    def search(self, arm: int, start: int, stride: int = 4, lowest: int = -80) -> None:
+        """Strides from `start` until it holds on one side and not on the other, then halves of the gap."""
+        low = high = start
+        if self.holds(arm, start):
+            while self.holds(arm, high := low + stride):
+                low = high
+        else:
+            while high > lowest and not self.holds(arm, low := high - stride):
+                high = low
+        while high - low > 1 and high > lowest:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.holds(arm, middle) else (low, middle)
+
+    def _measure(self, place: int) -> Pair:
+        with tempfile.TemporaryDirectory() as name:
+            arms = Arms(self.bundle, Path(name), self._load(place))
+            self._port += 1
+            served = arms.served(self._port).run
+            pair = served, arms.in_process(served)
+        for title, run in zip(("served", "bare"), pair, strict=True):
+            print(self.bundle.folder.name, title, *self._row(place, run), file=sys.stderr, flush=True)
+        return pair
+
+    def _load(self, place: int) -> Load:
+        """Three requests first, one after the other, then the schedule. No place has the prompts of another."""
+        own = pieces(self._ids[SHARED + 7 * (place % 50) :], OWN, self.count + 3)
+        rows = [self._ids[:SHARED] + row for row in own]
+        times = poisson(STEP**place, seed=1, count=self.count).times
+        return Load(rows[:3], rows[3:], OUT, times=list(times))
+
+    def _row(self, place: int, run: Run) -> list[str]:
+        return [f"{STEP**place:.3f}", f"{run.within(self.ttft, self.tpot):.0%}", f"{run.high('ttft'):.2f}",
+                f"{1000 * run.high('tpot'):.0f}"]  # fmt: skip
+
+    def rows(self) -> list[list[str]]:
+        """A row for each rate that was tried."""
+        return [[f"{self.bundle.folder.name}, {STEP**place:.3f}", *self._row(place, pair[0])[1:],
+                 *self._row(place, pair[1])[1:]] for place, pair in sorted(self.tried.items())]  # fmt: skip
+
+    def said(self) -> str:
+        """The knees."""
+        served, bare = self.knee(0), self.knee(1)
+        if served is None or bare is None:
+            return f"{self.bundle.folder.name}: no rate that was tried held in both arms"
+        return (f"{self.bundle.folder.name}: {STEP**served:.3f} served, {STEP**bare:.3f} on the bare pipeline, "
+                f"ratio {STEP ** (served - bare):.2f}")  # fmt: skip
+
+
+def made(folder: Path, precision: str) -> Bundle:
+    """The bundle of the random llama in `folder`, shipped if it is not there."""
+    out = folder / f"llama-{precision}"
+    if not out.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            demo = models.demo(Path(name) / "demo")
+            source = models.random_llama(Path(name) / "llama", demo.folder).folder
+            command = [sys.executable, "-m", "lightship", "ship", str(source), "-p", precision, "-o", str(out), *LOOSE]
+            subprocess.run(command, check=True)
+    return Bundle.open(out)
+
+
+def main() -> None:
+    """Both precisions."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.headline", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("bundles"), help="where the bundles are, or are made")
+    parser.add_argument("--precision", nargs="+", choices=["int8", "bf16"], default=["int8", "bf16"])
+    parser.add_argument("--requests", type=int, default=30, help="at each rate")
+    parser.add_argument("--start", type=float, default=0.3, help="requests a second to begin at")
+    parser.add_argument("--ttft", type=float, default=3.0, help="seconds")
+    parser.add_argument("--tpot", type=float, default=0.25, help="seconds")
+    parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
+    parser.add_argument("--port", type=int, default=19_100)
+    asked = parser.parse_args()
+    section = "headline" + masked(asked.isa)
+    rows = [["bundle, requests/s", "served within limits", "TTFT p90, s", "TPOT p90, ms", "bare within limits",
+             "TTFT p90, s", "TPOT p90, ms"]]  # fmt: skip
+    said = []
+    for place, precision in enumerate(asked.precision):
+        bundle = made(asked.folder, precision)
+        ground = Ground(bundle, asked.requests, asked.ttft, asked.tpot, asked.port + 100 * place)
+        for arm in (0, 1):
+            ground.search(arm, round(math.log(asked.start, STEP)))
+        rows += ground.rows()
+        said.append(ground.said())
+    put(
+        section,
+        f"{table(rows)}\n\n{asked.requests} requests at each rate; limits TTFT ≤ {asked.ttft:g} s, TPOT ≤ "
+        f"{1000 * asked.tpot:.0f} ms for {SHARE:.0%} of them. Highest rate that held, requests/s: {'; '.join(said)}.",
+    )
+
+
+if __name__ == "__main__":
+    main()
