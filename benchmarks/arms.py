@@ -26,7 +26,7 @@ from lightship.evaluation.memory import pss_bytes, tree
 from lightship.serving.server import wait_ready
 from lightship.tokenizer import load_tokenizer
 
-ISAS = ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")  # of oneDNN; the last is all but AMX
+ISAS = ("AVX2", "AVX512_CORE_BF16")  # of oneDNN; the second is all but AMX
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,17 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
     try:
         yield process
     finally:
-        process.terminate()
+        end(process)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ask it to end, then see to it."""
+    process.terminate()
+    try:
         process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
@@ -114,8 +123,11 @@ class Arms:
             assert replaying.stdout and pipeline.stdin and pipeline.stdout
             port = replaying.stdout.readline().strip()
             assert pipeline.stdout.readline() == "ready\n"
-            drain = ["benchmarks.load", f"http://127.0.0.1:{port}", str(self._file)]
-            with started(drain, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            drain = ["benchmarks.load", f"http://127.0.0.1:{port}", str(self._file), "--told"]
+            with started(drain, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as draining:
+                assert draining.stdin and draining.stdout and draining.stdout.readline() == "ready\n"
+                draining.stdin.write("\n")
+                draining.stdin.flush()
                 pipeline.stdin.write("\n")
                 pipeline.stdin.flush()
                 return Run(**json.loads(pipeline.stdout.readline()))

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import models
 from benchmarks.arms import ISAS, Arms, masked, pieces, tokens_of
 from benchmarks.load import Load, Run
-from benchmarks.page import put, table
+from benchmarks.page import put, section, table
 from lightship.bench.schedule import poisson
 from lightship.bundle import Bundle
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     parser.add_argument("--port", type=int, default=19_100)
     asked = parser.parse_args()
-    section = "headline" + masked(asked.isa)
+    name = section("headline" + masked(asked.isa))
     rows = [["bundle, requests/s", "served within limits", "TTFT p90, s", "TPOT p90, ms", "bare within limits",
              "TTFT p90, s", "TPOT p90, ms"]]  # fmt: skip
     said = []
@@ -134,7 +134,7 @@ def main() -> None:
         rows += ground.rows()
         said.append(ground.said())
     put(
-        section,
+        name,
         f"{table(rows)}\n\n{asked.requests} requests at each rate; limits TTFT ≤ {asked.ttft:g} s, TPOT ≤ "
         f"{1000 * asked.tpot:.0f} ms for {SHARE:.0%} of them. Highest rate that held, requests/s: {'; '.join(said)}.",
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.load import Load, Run
 from lightship.engine import EngineSettings
+from lightship.serving.placement import places
 from lightship.targets.openvino import properties
 
 
@@ -45,7 +46,7 @@ class Bare:
     def __init__(self, folder: Path, new_tokens: int) -> None:
         import openvino_genai as genai
 
-        settings = EngineSettings()
+        settings = EngineSettings(threads=places()[0].threads)
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = settings.kv_cache_gb
         scheduler.max_num_seqs = settings.max_num_seqs

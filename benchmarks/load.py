@@ -11,6 +11,7 @@ import asyncio
 import json
 import math
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,8 +119,12 @@ def main() -> None:
     parser.add_argument("load", type=Path, help="a `Load`")
     parser.add_argument("--warm", action="store_true", help="only the warm-up")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--told", action="store_true", help="print `ready`, and begin at a line on standard input")
     asked = parser.parse_args()
     load = Load.read(asked.load)
+    if asked.told:
+        print("ready", flush=True)
+        sys.stdin.readline()
     if asked.warm:
         load = load.warming
     print(json.dumps(asdict(asyncio.run(generate(asked.url, load, asked.record)))))

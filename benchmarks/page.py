@@ -19,11 +19,16 @@ def put(name: str, text: str, path: Path = FIGURES) -> None:
     """Print `text` and put it into the page `path` as the section of `python -m benchmarks.<name>`."""
     print(text)
     page = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    section = f"{begin}\n{text.strip()}\n\n{circumstances(name)}\n{end}"
-    if begin not in page:
-        raise SystemExit(f"{path} has no section {begin}")
-    path.write_text(re.sub(f"{begin}.*?{end}", lambda _: section, page, flags=re.DOTALL), encoding="utf-8")
+    begin, end = f"<!-- {section(name, path)} -->", f"<!-- /{name} -->"
+    found = f"{begin}\n{text.strip()}\n\n{circumstances(name)}\n{end}"
+    path.write_text(re.sub(f"{begin}.*?{end}", lambda _: found, page, flags=re.DOTALL), encoding="utf-8")
+
+
+def section(name: str, path: Path = FIGURES) -> str:
+    """`name`, once it is sure that `put` will find its section: asked before anything is measured."""
+    if f"<!-- {name} -->" not in path.read_text(encoding="utf-8"):
+        raise SystemExit(f"{path} has no section <!-- {name} -->")
+    return name
 
 
 def circumstances(name: str) -> str:

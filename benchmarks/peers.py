@@ -26,9 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arms import ISAS, masked, pieces, server, tokens_of
-from benchmarks.page import DOCS, put, spread, table
+from benchmarks.arms import ISAS, end, masked, pieces, server, tokens_of
+from benchmarks.page import DOCS, put, section, spread, table
+from lightship import tuning
 from lightship.bundle import Bundle
+from lightship.engine import EngineSettings
 from lightship.evaluation import divergence
 from lightship.find import find
 
@@ -42,11 +44,13 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """A server with its weights. `start` gives its URL for a port; `logits` fills a file with those of token ids."""
+    """A server with its weights. `start` gives its URL for a port; `logits` fills a file with those of token ids, None
+    for ours with these `settings`."""
 
     name: str
     start: Callable[[int], AbstractContextManager[str]]
     logits: Callable[[Path, Path], None] | None
+    settings: EngineSettings | None = None
 
 
 def lightship(bundle: Bundle, *options: str) -> Callable[[int], AbstractContextManager[str]]:
@@ -73,8 +77,7 @@ def foreign(command: list[str], **environment: str) -> Callable[[int], AbstractC
             _wait(url, process)
             yield url
         finally:
-            process.terminate()
-            process.wait(60)
+            end(process)
 
     return start
 
@@ -125,7 +128,7 @@ def quality(arms: list[Arm], source: Path, bundle: Bundle, folder: Path) -> dict
     found = {}
     for arm in arms:
         if arm.logits is None:
-            scorer: Any = find("targets", "openvino").open_scorer(bundle.target_folder("openvino"))
+            scorer: Any = find("targets", "openvino").open_scorer(bundle.target_folder("openvino"), arm.settings)
         else:
             arm.logits(folder / "ids.npy", folder / "logits.npy")
             scorer = Kept(folder / "logits.npy")
@@ -172,11 +175,17 @@ def rows(arms: list[Arm], runs: dict[tuple[str, int], list[Found]], quality: dic
 def arms_of(asked: argparse.Namespace, bundle: Bundle) -> tuple[list[Arm], list[str]]:
     """The servers that are there, and a line for each that is not."""
     arms, missing = [Arm("lightship, defaults", lightship(bundle, "--untuned"), None)], []
-    if Path(f"{bundle.folder}.tuned.json").is_file():
-        arms.append(Arm("lightship, tuned", lightship(bundle), None))
+    entry = tuning.choose(bundle.folder, bundle.digest, bundle.targets, "openvino").entry
+    if entry is None:
+        missing.append("lightship, tuned: nothing was tuned here")
+    else:
+        name = f"lightship, {tuning.label(entry.target, entry.settings)} (tuned for {entry.workload.said()})"
+        arms.append(Arm(name, lightship(bundle), None, entry.settings.on(EngineSettings())))
     program, model = asked.llama / "bin" / "llama-server", asked.gguf
     cores = str(os.cpu_count())
-    if program.is_file() and model.is_file():
+    if asked.isa is not None:
+        missing.append("llama.cpp: its instructions are chosen when it is built")
+    elif program.is_file() and model.is_file():
         command = [str(program), "-m", str(model), "--port", "PORT", "-np", "16", "-c", str(16 * 512), "-t", cores,
                    "-tb", cores, "--no-webui"]  # fmt: skip
         path = {"LLAMA_CPP_LIB_PATH": str(asked.llama / "bin"), "PYTHONPATH": str(asked.bindings)}
@@ -210,12 +219,12 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     parser.add_argument("--port", type=int, default=19_500)
     asked = parser.parse_args()
-    section = "peers" + masked(asked.isa)
+    name = section("peers" + masked(asked.isa), PAGE)
     bundle = Bundle.open(asked.bundle)
     arms, missing = arms_of(asked, bundle)
     runs: dict[tuple[str, int], list[Found]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        exact = quality(arms, asked.source, bundle, Path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        exact = quality(arms, asked.source, bundle, Path(folder))
     port = asked.port
     for repeat in range(asked.repeats):
         for arm in arms if repeat % 2 == 0 else arms[::-1]:
@@ -229,10 +238,11 @@ def main() -> None:
                     )
     notes = "".join(f" Left out: {line}." for line in missing)
     put(
-        section,
+        name,
         f"{table(rows(arms, runs, exact))}\n\n{IN} tokens in, {OUT} out, greedy; median (range) of {asked.repeats} "
         f"runs in turns, {', '.join(f'{REQUESTS[n]} requests of {n}' for n in asked.clients)} clients after a warm-up. "
-        f"Quality over {ROWS} × {LENGTH} positions.{notes}",
+        f"Quality over {ROWS} × {LENGTH} positions; of lightship without the rounding of the KV cache, which does not "
+        f"come into one pass. llama.cpp is built without AMX.{notes}",
         PAGE,
     )
 

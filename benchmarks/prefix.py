@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.arms import ISAS, masked, pieces, server, tokens_of
 from benchmarks.load import Load, Run, generate
-from benchmarks.page import put, spread, table
+from benchmarks.page import put, section, spread, table
 from lightship.bundle import Bundle
 
 SHARED, OWN, OUT = 1000, 32, 8  # tokens
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     parser.add_argument("--port", type=int, default=19_000)
     asked = parser.parse_args()
-    section = "prefix" + masked(asked.isa)
+    name = section("prefix" + masked(asked.isa))
     bundle = Bundle.open(asked.bundle)
     with server(bundle.folder, asked.port, "--untuned") as (url, _, _):
         run = asyncio.run(measured(url, load(tokens_of(bundle), asked.turns)))
@@ -51,7 +51,7 @@ def main() -> None:
         [spread(known, ".0f"), spread(new, ".0f"), spread([a / b for a, b in zip(known, new, strict=True)], ".3f")],
     ]
     put(
-        section,
+        name,
         f"{table(rows)}\n\n{SHARED} + {OWN} tokens in; median (range) of {asked.turns} turns, which have a ratio each.",
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.arms import ISAS, Arms, Served, masked, pieces, tokens_of
 from benchmarks.load import Load, Run
-from benchmarks.page import put, spread, table
+from benchmarks.page import put, section, spread, table
 from lightship.bundle import Bundle
 
 IN, OUT = 200, 64
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     parser.add_argument("--port", type=int, default=18_100)
     asked = parser.parse_args()
-    section = "serve" + masked(asked.isa)
+    name = section("serve" + masked(asked.isa))
     bundle = Bundle.open(asked.bundle)
     rows = [["clients", "tokens/s served", "in process", "ratio", "TTFT p50 served, ms", "in process", "difference",
              "TPOT p50 served, ms", "in process"]]  # fmt: skip
@@ -64,7 +64,7 @@ def main() -> None:
     sizes = [one.memory / 1e6 for one in served]
     own = bundle.size_bytes / 1e6
     put(
-        section,
+        name,
         f"{table(rows)}\n\n{IN} tokens in, {OUT} out, greedy; median (range) of {asked.repeats} pairs. Ready after "
         f"{spread([one.ready for one in served])} s (n = {len(served)}). Memory of all processes after one request a "
         f"client (PSS; {asked.clients[0]} client): {spread(sizes, '.0f')} MB, that is the bundle's {own:.0f} MB + "

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.arms import ISAS, masked, pieces, tokens_of
 from benchmarks.headline import made
-from benchmarks.page import put, spread, table
+from benchmarks.page import put, section, spread, table
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
 from lightship.machine import machine, memory_bandwidth
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     asked = parser.parse_args()
-    section = "single" + masked(asked.isa)
+    name = section("single" + masked(asked.isa))
     arms: dict[str, tuple[Arm, int]] = {}
     for name in ("int8", "bf16"):
         bundle = made(asked.folder, name)
@@ -89,7 +89,12 @@ def main() -> None:
                 settings = EngineSettings(inference_precision=precision)
                 arms[f"lightship {name}, {precision or 'default'} arithmetic"] = ours(bundle, settings), weights
     program = asked.llama / "bin" / "llama-bench"
-    if program.is_file() and asked.gguf.is_file():
+    missing = ""
+    if asked.isa is not None:
+        missing = " llama.cpp is left out: its instructions are chosen when it is built."
+    elif not (program.is_file() and asked.gguf.is_file()):
+        missing = f" llama.cpp is left out: no {program} or no {asked.gguf} (docs/peers.md)."
+    else:
         arms["llama.cpp Q8_0"] = llama(program, asked.gguf), asked.gguf.stat().st_size
     speeds: dict[str, list[float]] = {name: [] for name in arms}
     bandwidth: list[float] = []
@@ -104,9 +109,9 @@ def main() -> None:
         shares = [1e9 * each / best for each, best in zip(read, bandwidth, strict=True)]
         rows.append([name, f"{size / 1e9:.2f}", spread(speeds[name], ".1f"), spread(read, ".1f"), spread(shares)])
     put(
-        section,
+        name,
         f"{table(rows)}\n\n{OUT} tokens after {IN}; median (range) of {asked.repeats} rounds. Memory bandwidth "
-        f"{spread([each / 1e9 for each in bandwidth], '.1f')} GB/s.",
+        f"{spread([each / 1e9 for each in bandwidth], '.1f')} GB/s.{missing}",
     )
 
 

@@ -22,8 +22,9 @@ class Parent:
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._buffer = connection, bytearray()
 
-    def send(self, message: wire.Order) -> None:
-        self._connection.sendall(wire.frame(message))
+    def send(self, *messages: wire.Order) -> None:
+        """All at once."""
+        self._connection.sendall(b"".join(map(wire.frame, messages)))
 
     def read(self) -> wire.Reply:
         return wire.REPLIES.decode(self._exactly(*wire.HEADER.unpack(self._exactly(wire.HEADER.size))))
@@ -88,3 +89,16 @@ def test_the_step_after_an_end_waits_for_who_comes_instead(parent: Parent, monke
 
 def test_it_waits_for_a_bounded_time(parent: Parent) -> None:
     assert after_the_first_ends(parent) == {1}
+
+
+def test_when_all_end_at_once_those_that_come_instead_begin_together(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LINGER", 10_000)
+    monkeypatch.setattr(worker, "LINGER_MOST", 20.0)
+    parent.send(*(wire.Submit(number, [number], GenerationParams(max_tokens=1)) for number in (1, 2)))
+    assert {event.request_id for event in parent.gained().events} == {1, 2}
+    ask(parent, 3, 1)
+    time.sleep(0.2)
+    ask(parent, 4, 1)
+    assert {event.request_id for event in parent.gained().events} == {3, 4}

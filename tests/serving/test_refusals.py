@@ -131,6 +131,23 @@ async def test_a_full_queue_does_not_use_up_the_requests_of_a_key(clock):
     assert caught.value.reason == "requests_per_minute" and is_empty(admission)
 
 
+@virtual
+async def test_waiting_too_long_does_not_use_up_the_requests_of_a_key_but_leaving_does(clock):
+    admission = Admission(Limits(blocks=10, first_token_deadline=5), clock=clock)
+    runs = await admission.enter(demand("other", 320, 0))
+    limited = demand("a", 32, 0, requests_per_minute=1)
+    with pytest.raises(Timeout):
+        await admission.enter(limited)
+    left = asyncio.create_task(admission.enter(limited))  # the one of this minute was given back
+    await settled()
+    left.cancel()
+    await settled()
+    with pytest.raises(Overloaded) as caught:
+        await admission.enter(limited)
+    assert caught.value.reason == "requests_per_minute"
+    runs.close()
+
+
 def test_rates_follow_a_change_of_limits():
     rates = KeyRates(lambda: 0.0)
     rates.take("a", 10, None, 100)

@@ -132,8 +132,8 @@ class Admission:
         try:
             async with until(now + patient, now, "the server was too busy to begin this request in time"):
                 got = await waiting.turn
-        except BaseException:
-            self._leave(waiting)
+        except BaseException as error:
+            self._leave(waiting, refused=isinstance(error, Timeout))
             raise
         if isinstance(got, Overloaded):
             raise got
@@ -204,8 +204,9 @@ class Admission:
         if not waiting.turn.done():
             waiting.turn.set_result(Overloaded(f"{why}; try again in {retry} s", retry, reason))
 
-    def _leave(self, waiting: _Waiting) -> None:
-        """It was cancelled or waited too long, perhaps in the moment in which its turn came."""
+    def _leave(self, waiting: _Waiting, refused: bool) -> None:
+        """It was cancelled, or `refused` after too long a wait, perhaps in the moment in which its turn came. A client
+        that gives up pays for a request all the same."""
         turn = waiting.turn
         if turn.done() and not turn.cancelled():
             if isinstance(got := turn.result(), Ticket):
@@ -215,7 +216,10 @@ class Admission:
         if waiting not in self._queues.get(waiting.demand.key, ()):
             return  # it was refused when it was already cancelled
         self._remove(waiting)
-        self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
+        if refused:
+            self._rates.give_back(waiting.demand.key, waiting.demand.prompt)
+        else:
+            self._rates.spend(waiting.demand.key, -waiting.demand.prompt)
         self.fill()
 
     # ── Whose turn it is ────────────────────────────────────────────────────

@@ -290,12 +290,15 @@ class _Loop:
 
     def _turn(self, engine: Engine) -> bool:
         """Take what has arrived, then step; whether to go on."""
-        for order in self._orders(self._linger if engine.busy() else None, max(self._places, 1)):
+        orders = self._orders(self._linger, max(self._places, 1))
+        if not orders and not engine.busy():
+            orders = self._orders(None)
+        for order in orders:
             if order is None:
                 engine.close()
                 return False
             self._handle(engine, order)
-        self._places = 0
+        self._places, self._linger = 0, 0.0
         if engine.busy():
             began = time.monotonic()
             events = engine.step()
