@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from lightship import tune_pipeline, tuning
 from lightship.bundle import Bundle, pack
 from lightship.cli import cli
-from lightship.draft import DRAFT_TOKENS, check_draft, open_draft
+from lightship.draft import DRAFT_TOKENS, GRAPH, TARGET, cache_gb, check_draft, open_draft
 from lightship.engine import EngineSettings
 from lightship.errors import TamperedBundle, UnsupportedError, UsageError
 from lightship.search.settings import Candidate
@@ -22,8 +22,8 @@ from lightship.serving.reload import check_memory, check_same_draft
 from lightship.serving.server import running
 from lightship.serving.settings import ServeSettings
 from lightship.serving.tuned import with_tuned
-from lightship.tune_pipeline import dimensions, tune
-from lightship.tuning import Chosen, Workload
+from lightship.tune_pipeline import Processes, _entry, dimensions, tune
+from lightship.tuning import Chosen, Row, Workload
 from tests.serving.test_reload import change, fake_bundle
 from tests.test_tuning import entry
 
@@ -167,11 +167,11 @@ def test_another_bundle_keeps_the_draft_or_is_refused(bundle, bundle_path, draft
 
 def test_a_draft_that_was_replaced_is_not_loaded(bundle, bundle_path, draft):
     chosen = with_tuned(bundle.folder, ServeSettings(draft=draft), pytest.fail)
-    check_same_draft(chosen, bundle, "openvino")
+    check_same_draft(chosen, bundle)
     shutil.rmtree(draft.folder)
     variant(bundle_path, draft.folder)
     with pytest.raises(UsageError, match="another draft"):
-        check_same_draft(chosen, bundle, "openvino")
+        check_same_draft(chosen, bundle)
 
 
 def test_memory_is_asked_for_both(bundle, draft, monkeypatch):
@@ -243,3 +243,94 @@ def test_tuning_tries_it(bundle, draft, monkeypatch):
     (found,) = tuning.read(tuning.place(bundle.folder))
     (row,) = (row for row in found.rows if row.settings.draft_tokens == 3)
     assert found.draft == draft.digest and not row.verdict.startswith(("failed", "not measured"))
+
+
+def fallen_back(url, tokens=DRAFT_TOKENS):
+    """The card of a server whose tuned settings could not be used: it has the draft as with `--untuned`."""
+    (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert "tuned_ignored" in card and card["target"] == "openvino"
+    assert card["draft"]["tokens"] == tokens and "tuned" not in card["measured"]
+    assert "".join(chunks(url))
+    return card["tuned_ignored"]["reason"]
+
+
+REFUSED = Chosen(draft_tokens=3, prompt_lookup=3)
+
+
+def test_the_defaults_have_the_draft_too(bundle, draft, bundle_path, tmp_path):
+    """Both at the start and for another bundle."""
+    other = variant(bundle_path, tmp_path / "other")
+    for each in (bundle, other):
+        tuning.write(each.folder, entry(bundle=each.digest, draft=draft.digest, settings=REFUSED))
+    with running(bundle, settings=ServeSettings(keys=None, draft=draft)) as url:
+        assert "prompt_lookup 3" in fallen_back(url)
+        answer = change(url, other.folder)
+        assert answer.status_code == 200 and "tuned_ignored" in answer.json(), answer.text
+        assert "prompt_lookup 3" in fallen_back(url)
+
+
+@pytest.fixture
+def both(both_path, tmp_path):
+    """With two targets, and tuned with a draft for the one that takes none."""
+    return Bundle.open(shutil.copytree(both_path, tmp_path / "both"))
+
+
+def test_a_target_that_takes_no_draft_is_passed_over(both, draft):
+    settings = Chosen(draft_tokens=3)
+    tuning.write(both.folder, entry(bundle=both.digest, draft=draft.digest, target="onnx", settings=settings))
+    said = []
+    chosen = chosen_with(both, draft, said)
+    assert (chosen.tuned, chosen.engine.draft_tokens) == (None, DRAFT_TOKENS) and "onnx takes none" in said[0]
+
+
+def test_a_draft_that_fails_with_tuned_settings_only_does_not_end_the_start(both, bundle, draft, monkeypatch):
+    monkeypatch.setattr(tuning, "TARGET", "onnx")  # so that such an entry is taken
+    settings = Chosen(draft_tokens=3)
+    tuning.write(both.folder, entry(bundle=both.digest, draft=draft.digest, target="onnx", settings=settings))
+    with running(both, settings=ServeSettings(keys=None, draft=draft)) as url:
+        assert "takes no draft" in fallen_back(url)
+    with running(bundle, settings=ServeSettings(keys=None, draft=draft)) as url:
+        answer = change(url, both.folder)
+        assert answer.status_code == 200 and [step["step"] for step in answer.json()["steps"]] == [
+            "verify", "memory", "load", "warm up", "golden", "shift"], answer.text  # fmt: skip
+        assert "takes no draft" in fallen_back(url)
+
+
+def test_memory_that_lacks_with_tuned_settings_only_does_not_end_a_change(bundle, both, monkeypatch):
+    tuning.write(both.folder, entry(bundle=both.digest, target="onnx", settings=Chosen(threads=1)))
+    measured = reload._measured
+    monkeypatch.setattr(reload, "_measured", lambda of, target: measured(of, target) * (1 if target == TARGET else 1e6))
+    with running(bundle, settings=ServeSettings(keys=None)) as url:
+        answer = change(url, both.folder)
+        assert answer.status_code == 200, answer.text
+        assert "in memory together" in answer.json()["tuned_ignored"]["reason"]
+
+
+def test_a_draft_that_the_defaults_cannot_use_ends_the_start_at_once(bundle, bundle_path, tmp_path):
+    """Whatever was tuned with it."""
+    wrong = open_draft(variant(bundle_path, tmp_path / "wrong", swap).folder)
+    tuning.write(bundle.folder, entry(bundle=bundle.digest, draft=wrong.digest, settings=Chosen(draft_tokens=3)))
+    done = CliRunner().invoke(cli, ["serve", str(bundle.folder), "--port", "0", "--draft", str(wrong.folder)])
+    assert isinstance(done.exception, UnsupportedError) and "tokenizers differ" in str(done.exception)
+    assert done.exception.exit_code == 2 and "loading" not in done.output
+
+
+@pytest.mark.parametrize(("verdict", "recorded"), [
+    ("not measured: the budget was used up", False), ("failed: refused", False),
+    ("stopped: less than 0.8× the best before it", True), ("no better: 1.01× the best before it", True),
+])  # fmt: skip
+def test_a_draft_that_was_never_measured_is_not_left_out(bundle, draft, verdict, recorded):
+    (winner,) = entry().rows
+    row = Row(label="openvino", target="openvino", settings=Chosen(draft_tokens=3), verdict=verdict)
+    trials = Processes(bundle, LOAD, 0.02, 0.0, 1.0, draft)
+    found = _entry(trials, winner, winner, [winner, row], 1.0)
+    assert found.draft == (draft.digest if recorded else None)
+    tuning.write(bundle.folder, found)
+    assert chosen_with(bundle, draft, []).engine.draft_tokens == (0 if recorded else DRAFT_TOKENS)
+
+
+@pytest.mark.parametrize("shape", ["?,?,?,16", "?,2,?,?"])
+def test_a_graph_that_does_not_tell_its_cache_is_refused(tmp_path, shape):
+    (tmp_path / GRAPH).write_text(f'<data variable_shape="{shape}"/>')
+    with pytest.raises(UnsupportedError, match="no keys and values of the usual shape"):
+        cache_gb(tmp_path, tmp_path, 1)

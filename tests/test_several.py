@@ -109,6 +109,20 @@ def test_each_has_the_precision_that_it_can(llama, tmp_path):
     assert bundle.manifest["recipe"]["precision"]["awq"]  # as it was asked for, to be made again
 
 
+def test_the_one_that_is_left_says_how_it_was_rounded(llama, tmp_path, monkeypatch):
+    """The first is left out: what was asked for was its rounding, and is not that of the bundle."""
+
+    def above(*_):
+        raise LimitExceeded("gate export openvino: above its limit")
+
+    monkeypatch.setattr(find("targets", "openvino"), "export", above)
+    recipe = Recipe(source=str(llama.folder), target=BOTH, precision=Precision(name="int4", group_size=32),
+                    accept=("kld<=3",))  # fmt: skip
+    bundle = ship(recipe, tmp_path / "out")
+    assert bundle.targets == ["onnx"] and bundle.manifest["recipe"]["precision"]["awq"]
+    assert bundle.report.meta["precision"]["awq"] is False
+
+
 @pytest.mark.parametrize("where", ["export", "scored text"])
 def test_the_one_above_its_limit_is_left_out(llama, tmp_path, monkeypatch, where):
     onnx = find("targets", "onnx")

@@ -268,9 +268,11 @@ def _gate_served(run: Run, runtime: Stage, original: Stage, gate: Reference) -> 
 
     def make(folder: Path) -> dict[str, Any]:
         engine = run.target.open(runtime.folder / "runtime", EngineSettings(prefix_cache=False))
-        row, expected = parity.long_row(gate)
-        metric = parity.check_served(expected, _served_logprobs(engine, row), limit)
-        engine.close()
+        try:
+            row, expected = parity.long_row(gate)
+            metric = parity.check_served(expected, _served_logprobs(engine, row), limit)
+        finally:  # another target may follow
+            engine.close()
         run.work.say(f"mean |Δ log p| {metric.value:.2e} over {metric.n} tokens")
         return several.kept([metric])
 

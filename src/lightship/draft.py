@@ -81,7 +81,11 @@ def cache_gb(folder: Path, draft: Path, kv_cache_gb: int) -> int:
 def _states(folder: Path) -> list[tuple[int, int]]:
     """Heads and values of a head, of the keys and the values of every layer."""
     shapes = (found.decode().split(",") for found in STATE.findall((folder / GRAPH).read_bytes()))
-    states = [(int(shape[1]), int(shape[3])) for shape in shapes if len(shape) == 4 and shape[0] == shape[2] == "?"]
+    states = [
+        (int(shape[1]), int(shape[3]))
+        for shape in shapes
+        if len(shape) == 4 and shape[0] == shape[2] == "?" and shape[1].isdigit() and shape[3].isdigit()
+    ]
     if not states:
         raise UnsupportedError(f"{folder / GRAPH} has no keys and values of the usual shape: there is no draft with it")
     return states

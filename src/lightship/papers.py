@@ -89,7 +89,7 @@ def report_of(
 ) -> Report:  # fmt: skip
     """The report on a decoder made by `recipe` from `checkpoint`; `text` describes what it was scored on, `measured` is
     by target, the preferred one first. `left_out`: targets that were above the limit, and where. `precisions`: what
-    each target made of the recipe's, where there are several."""
+    each target made of the recipe's."""
     order, limit, without = list(measured), recipe.kld_limit(), left_out or {}
     metrics = [each for name in order for each in named(_limited(measured[name], limit), name, order)]
     meta = {
@@ -98,7 +98,9 @@ def report_of(
         "limit_kld": limit,
         **({"left_out": dict(without)} if without else {}),
     }
-    if precisions is not None and len(precisions) > 1:
+    if precisions and len(precisions) == 1:  # perhaps of several that were asked for
+        (meta["precision"],) = (precision.model_dump() for precision in precisions.values())
+    elif precisions:
         meta["precisions"] = {name: precision.model_dump() for name, precision in precisions.items()}
     return Report(tuple(metrics), meta)
 

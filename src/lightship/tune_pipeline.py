@@ -81,12 +81,16 @@ def tune(
                                 hint="its libraries differ from where it was shipped") from error  # fmt: skip
         raise EngineError(f"the bundle cannot be measured with its defaults: {error}") from error
     entry = _entry(trials, winner, base, list(search.rows.values()), time.monotonic() - began)
+    if draft is not None and entry.draft is None:
+        progress("the draft was not measured: this says nothing about serving with it")
     progress(f"written to {tuning.write(folder, entry)}")
     return entry
 
 
 def _entry(trials: Processes, winner: Row, base: Row, rows: list[Row], seconds: float) -> Entry:
-    draft = trials.draft
+    # Of a draft that was never measured it is not known that it does not pay.
+    measured = any(row.settings.draft_tokens and not row.verdict.startswith(("failed", "not measured")) for row in rows)
+    draft = trials.draft if measured else None
     assert winner.figures is not None and base.figures is not None
     return Entry(
         bundle=trials.bundle.digest, draft=None if draft is None else draft.digest, machine=tuning.here(),

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lightship import machine
+from lightship.draft import TARGET
 from lightship.engine import EngineSettings
 from lightship.errors import LightshipError, UsageError
 from lightship.report import figure, table
@@ -244,6 +245,8 @@ def choose(bundle: Path, digest: str, targets: list[str], target: str | None = N
             problem = f"the bundle has no target {entry.target}"
         if problem is None and target not in (None, entry.target):
             problem = f"it was measured with {entry.target}, and {target} was asked for"
+        if problem is None and entry.settings.draft_tokens and entry.target != TARGET:
+            problem = f"it has a draft, and {entry.target} takes none"
         if problem is None:
             return Found(
                 entry, f"settings tuned here for {entry.workload.said()}: {label(entry.target, entry.settings)}"

@@ -1,13 +1,21 @@
 """Tuned settings with which a bundle cannot be served: refused, deadly or wrong. The defaults serve instead, and say
 so; what the defaults cannot do either is no fault of the file."""
 
+import asyncio
+import contextlib
 import logging
+import threading
+import time
+import types
 
 import httpx
 import pytest
 
 from lightship import tuning
-from lightship.errors import EngineError
+from lightship.errors import EngineError, LightshipError, ReloadFailed
+from lightship.serving import server
+from lightship.serving.deployment import Maker
+from lightship.serving.fallback import attempted
 from lightship.serving.server import running
 from lightship.serving.settings import ServeSettings
 from lightship.tuning import Chosen
@@ -129,6 +137,129 @@ def test_a_bundle_that_fails_with_the_defaults_too_is_not_served(tmp_path, caplo
         assert digest_of(url) == first.digest and answers(url) and deployments(url)["coming"] is None
         wait_for(lambda: len(worker_pids()) == 1)
     assert warnings(caplog) == []
+
+
+# ── At the start, while it happens ──────────────────────────────────────────
+
+
+DIES = {"with": {"prompt_lookup": {"die": True}}}
+
+
+def tuned_with(folder, **faults):
+    bundle = fake_bundle(folder, **faults)
+    tuning.write(bundle.folder, entry(bundle=bundle.digest, target="fake", settings=Chosen(prompt_lookup=3)))
+    return bundle
+
+
+def test_what_kills_the_defaults_too_is_not_blamed_on_the_file(tmp_path, caplog):
+    """They load as well, and die of the first prompt as well."""
+    bundle = tuned_with(tmp_path / "one", fail_after=0)
+    with pytest.raises(EngineError, match="told to fail"), running(bundle, settings=ServeSettings(keys=None)):
+        pass
+    assert warnings(caplog) == []
+
+
+def test_a_small_context_warms_up_with_a_token(tmp_path, caplog):
+    """`FakeEngine` fails on an empty prompt, as real ones do."""
+    bundle = tuned_with(tmp_path / "one")
+    with served(bundle, max_context=16) as url:
+        assert "tuned_ignored" not in card(url)
+    assert warnings(caplog) == []
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """A second deployment takes its time to be made; `fails` says with which error, `spawned` whether its engine had a
+    process already, which nobody would end."""
+    state, kind = types.SimpleNamespace(begun=threading.Event(), fails=None, spawned=None), Maker.kind
+
+    def made(maker, bundle, engine, chosen):
+        state.spawned = engine.alive
+        state.begun.set()
+        time.sleep(0.5)
+        if state.fails is not None:
+            raise state.fails
+        return kind(maker, bundle, engine, chosen)
+
+    monkeypatch.setattr(Maker, "kind", made)
+    return state
+
+
+def test_a_fallback_is_alive(tmp_path, monkeypatch, slowly):
+    lives, wait_ready = [], server.wait_ready
+
+    def watched(url, **given):
+        def ready():
+            with contextlib.suppress(httpx.TransportError):
+                lives.append(httpx.get(f"{url}/livez").status_code)
+                return httpx.get(f"{url}/readyz").status_code == 200
+            return False
+
+        wait_for(ready)
+        wait_ready(url, **given)
+
+    monkeypatch.setattr(server, "wait_ready", watched)
+    with served(tuned_with(tmp_path / "one", **DIES)) as url:
+        assert "tuned_ignored" in card(url)
+    assert slowly.begun.is_set() and set(lives) == {200}
+
+
+def test_a_fallback_that_cannot_be_made_leaves_no_process(tmp_path, slowly):
+    slowly.fails, before = EngineError("no memory for it"), set(worker_pids())
+    bundle = tuned_with(tmp_path / "one", **DIES)
+    with pytest.raises(EngineError, match="no memory for it"), running(bundle, settings=ServeSettings(keys=None)):
+        pass
+    assert slowly.spawned is False
+    wait_for(lambda: set(worker_pids()) <= before)
+
+
+def test_a_start_that_is_given_up_leaves_no_process(tmp_path, monkeypatch, slowly):
+    def given_up(url, **_):
+        assert slowly.begun.wait(30)
+        raise ConnectionAbortedError
+
+    before = set(worker_pids())
+    monkeypatch.setattr(server, "wait_ready", given_up)
+    bundle = tuned_with(tmp_path / "one", **DIES)
+    with pytest.raises(ConnectionAbortedError), running(bundle, settings=ServeSettings(keys=None)):
+        pass
+    assert slowly.spawned is False
+    wait_for(lambda: set(worker_pids()) <= before)
+
+
+# ── When there is another attempt, and what is said of it ───────────────────
+
+
+def tried(tmp_path, error, **more):
+    """What `attempted` makes of tuned settings that end with `error`, and how often it tries."""
+    chosen, seen = ServeSettings(tuned=entry()), []
+
+    async def attempt(settings):
+        seen.append(settings)
+        if settings is chosen:
+            raise error
+        return settings.tuned_ignored["reason"]
+
+    try:
+        return asyncio.run(attempted(chosen, ServeSettings(), tmp_path / "one", attempt, **more)), len(seen)
+    except LightshipError as raised:
+        return raised, len(seen)
+
+
+def test_a_server_that_stops_begins_nothing(tmp_path):
+    error = EngineError("the engine was closed")
+    assert tried(tmp_path, error, stopping=lambda: True) == (error, 1)
+    assert tried(tmp_path, error, stopping=lambda: False) == ("the engine was closed", 2)
+
+
+@pytest.mark.parametrize(("cause", "reason"), [
+    (TimeoutError(), "load failed: too late"), (None, "load failed: too late"), (OSError("gone"), "OSError: gone"),
+    (EngineError("refused"), "refused"),
+])  # fmt: skip
+def test_there_is_always_a_reason(tmp_path, cause, reason):
+    error = ReloadFailed("load failed: too late")
+    error.__cause__ = cause
+    assert tried(tmp_path, error) == (reason, 2)
 
 
 @pytest.fixture(autouse=True)

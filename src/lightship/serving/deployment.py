@@ -28,7 +28,7 @@ from lightship.serving.scoring import Scoring
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
 from lightship.serving.ticket import Limits, Seats
-from lightship.serving.tuned import facts, with_tuned
+from lightship.serving.tuned import drafted, facts, with_tuned
 
 log = logging.getLogger("lightship.serving")
 UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
@@ -220,6 +220,11 @@ class Maker:
     shell: FastAPI
     served: Served
     also: Callable[[FastAPI], None] = lambda app: None
+
+    @property
+    def defaults(self) -> ServeSettings:
+        """The settings for any bundle where nothing is tuned."""
+        return drafted(self.settings)
 
     def chosen(self, bundle: Bundle) -> ServeSettings:
         """The settings for `bundle`, see `with_tuned`."""

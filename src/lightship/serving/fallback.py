@@ -20,6 +20,7 @@ from lightship.errors import EngineError, LightshipError, ReloadFailed
 from lightship.serving.deployment import Maker
 from lightship.serving.settings import ServeSettings
 from lightship.serving.slot import Slot
+from lightship.serving.tuned import check_drafted
 
 log = logging.getLogger("lightship.serving")
 Result = TypeVar("Result")
@@ -32,21 +33,32 @@ async def attempted(
     defaults: ServeSettings,
     folder: Path,
     attempt: Callable[[ServeSettings], Awaitable[Result]],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
     """`attempt(chosen)`; where something was tuned for the bundle in `folder` and that fails, `attempt` with the
-    `defaults`, which then say what was ignored and why."""
+    `defaults`, which then say what was ignored and why. A server that is `stopping` begins nothing anew."""
     if chosen.tuned is None:
         return await attempt(chosen)
     try:
         return await attempt(chosen)
     except LightshipError as error:
-        cause = error.__cause__ if isinstance(error, ReloadFailed) else error
-        reason = (getattr(cause, "message", None) or f"{type(cause).__name__}: {cause}")[:REASON]
+        if stopping():
+            raise
+        reason = _reason(error)[:REASON]
     file = tuning.place(folder)
     found = await attempt(replace(defaults, tuned_ignored={"file": file.name, "reason": reason}))
     log.warning("the settings in %s (%s) cannot be used: %s; serving with the defaults. Run `lightship tune` again, or "
                 "remove the file", file, tuning.label(chosen.tuned.target, chosen.tuned.settings), reason)  # fmt: skip
     return found
+
+
+def _reason(error: LightshipError) -> str:
+    """What went wrong, without the step at which a change was."""
+    cause = error.__cause__ if isinstance(error, ReloadFailed) else error
+    if isinstance(cause, LightshipError):
+        return cause.message
+    said = "" if cause is None else str(cause)
+    return f"{type(cause).__name__}: {said}" if said else error.message  # a `TimeoutError` says nothing
 
 
 async def begin(slot: Slot, maker: Maker, chosen: ServeSettings) -> None:
@@ -55,19 +67,20 @@ async def begin(slot: Slot, maker: Maker, chosen: ServeSettings) -> None:
     bundle = slot.current.bundle
 
     async def attempt(settings: ServeSettings) -> None:
-        if settings is not chosen:
-            await slot.current.close()
-            engine = maker.engine(settings.target or bundle.targets[0], settings)
-            engine.load(bundle.target_folder(settings.target or bundle.targets[0]))
-            slot.current = maker.deployment(await asyncio.to_thread(maker.kind, bundle, engine, settings))
-        if settings.tuned is None:
+        if chosen.tuned is None:
             await slot.current.engine.start()
             return
+        await asyncio.to_thread(check_drafted, settings, bundle)
+        if settings is not chosen:
+            target = settings.target or bundle.targets[0]
+            engine = maker.engine(target, settings)
+            await slot.replace(maker.deployment(await asyncio.to_thread(maker.kind, bundle, engine, settings)))
+            engine.load(bundle.target_folder(target))  # only now: whatever ends this ends it too
         try:
-            async with asyncio.timeout(LONGEST):
+            async with asyncio.timeout(LONGEST if settings.tuned else None):
                 await slot.current.engine.start()
                 await slot.current.kind.warm()  # an engine may load and then die of its first prompt
         except TimeoutError as error:
             raise EngineError(f"it was not loaded after {LONGEST:.0f} s") from error
 
-    await attempted(chosen, maker.settings, bundle.folder, attempt)
+    await attempted(chosen, maker.defaults, bundle.folder, attempt, lambda: maker.front.door.closing)

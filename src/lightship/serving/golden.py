@@ -65,8 +65,8 @@ class Found:
 async def warmed(bundle: Bundle, model: ServedModel, engines: Sequence[Generates]) -> None:
     """Let each engine answer once, and its tokens become text. Raises what the engine raises."""
     rows, _ = await asyncio.to_thread(bundle.golden)
-    prompt = rows[0][: min(LONGEST, model.context - WARM)]
-    params = GenerationParams(WARM, ignore_eos=True)
+    prompt = rows[0][: max(min(LONGEST, model.context - WARM), 1)]
+    params = GenerationParams(min(WARM, model.context - len(prompt)), ignore_eos=True)
     await asyncio.gather(*(Generation(engine, model, [prompt], [params]).whole() for engine in engines))
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from lightship.bundle import Bundle
-from lightship.draft import TARGET, check_draft, open_draft, total_cache_gb
+from lightship.draft import TARGET, open_draft, total_cache_gb
 from lightship.engine import EngineSettings
 from lightship.errors import EngineDied, LightshipError, ReloadFailed, RequestError, UnsupportedError, UsageError
 from lightship.machine import memory_available
@@ -21,6 +21,7 @@ from lightship.serving.fallback import attempted
 from lightship.serving.front import learn
 from lightship.serving.settings import ServeSettings
 from lightship.serving.slot import Slot
+from lightship.serving.tuned import check_drafted
 
 log = logging.getLogger("lightship.serving")
 JSON = dict[str, Any]
@@ -115,23 +116,25 @@ class Reloader:
         except Exception as error:  # whatever it is, the old one goes on and the operator hears of it
             log.exception("unexpected error while changing the bundle")
             raise self._failed(f"{type(error).__name__}: {error}") from error
-        self._steps.append({"step": step, "seconds": round(time.monotonic() - began, 3)})
+        before = self._steps.pop()["seconds"] if self._steps and self._steps[-1]["step"] == step else 0.0
+        self._steps.append({"step": step, "seconds": round(before + time.monotonic() - began, 3)})
 
     async def _change(self, folder: str, digest: str | None) -> JSON:
         maker = self._maker
         async with self._at("verify"):
             bundle = await asyncio.to_thread(self._verified, folder, digest)
             chosen = maker.chosen(bundle)
-            await asyncio.to_thread(check_same_draft, chosen, bundle, chosen.target or bundle.targets[0])
-        async with self._at("memory"):
-            check_memory(bundle, chosen.target, len(maker.places), chosen.engine, chosen.draft)
         before = len(self._steps)
 
-        def attempt(settings: ServeSettings) -> Awaitable[JSON]:
+        async def attempt(settings: ServeSettings) -> JSON:
             del self._steps[before:]
-            return self._take_over(bundle, settings)
+            async with self._at("verify"):
+                await asyncio.to_thread(check_same_draft, settings, bundle)
+            async with self._at("memory"):
+                check_memory(bundle, settings.target, len(maker.places), settings.engine, settings.draft)
+            return await self._take_over(bundle, settings)
 
-        return await attempted(chosen, maker.settings, bundle.folder, attempt)
+        return await attempted(chosen, maker.defaults, bundle.folder, attempt, self._stopping)
 
     async def _take_over(self, bundle: Bundle, chosen: ServeSettings) -> JSON:
         """Load `bundle` beside what is served, try it, and serve it."""
@@ -186,7 +189,7 @@ class Reloader:
         return bundle
 
 
-def check_same_draft(chosen: ServeSettings, bundle: Bundle, target: str) -> None:
+def check_same_draft(chosen: ServeSettings, bundle: Bundle) -> None:
     """Raise `LightshipError` unless the draft, where one is used, is still what it was when the server began, and can
     propose to `bundle`."""
     if chosen.draft is None or chosen.engine.draft is None:
@@ -194,7 +197,7 @@ def check_same_draft(chosen: ServeSettings, bundle: Bundle, target: str) -> None
     if open_draft(chosen.draft.folder).digest != chosen.draft.digest:
         raise UsageError(f"{chosen.draft.folder} holds another draft than when the server began",
                          hint="start the server again")  # fmt: skip
-    check_draft(chosen.draft, bundle, target, chosen.max_context)
+    check_drafted(chosen, bundle)
 
 
 def check_memory(

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightship.bundle import Bundle
-from lightship.draft import check_draft
-from lightship.errors import EngineError, UnsupportedError, UsageError
+from lightship.errors import EngineError, LightshipError, UnsupportedError, UsageError
 from lightship.kind import Kind
 from lightship.serving.auth import check_exposure, check_tls, shares_prefix_cache
 from lightship.serving.fleet import Fleet, open_engine
@@ -23,7 +22,7 @@ from lightship.serving.keys import KeyFile, KeyRing
 from lightship.serving.placement import listed, places
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
-from lightship.serving.tuned import target_of, with_tuned
+from lightship.serving.tuned import check_drafted, drafted, target_of, with_tuned
 
 if TYPE_CHECKING:
     import uvicorn
@@ -159,7 +158,7 @@ def serve(
             engine.spawn()  # imports its runtime while the bundle is verified
         try:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(path)
-            _check_draft(opened, chosen)
+            _check_draft(opened, chosen, serving.settings)
         except BaseException:
             if engine is not None:
                 engine.kill()
@@ -180,9 +179,15 @@ def serve(
             raise app.state.failure
 
 
-def _check_draft(bundle: Bundle, chosen: ServeSettings) -> None:
-    if chosen.draft is not None and chosen.engine.draft is not None:
-        check_draft(chosen.draft, bundle, chosen.target or bundle.targets[0], chosen.max_context)
+def _check_draft(bundle: Bundle, chosen: ServeSettings, given: ServeSettings) -> None:
+    """Refuse a draft before anything is loaded, unless it can be used as `chosen` or with the defaults, to which
+    `begin` falls back."""
+    try:
+        check_drafted(chosen, bundle)
+    except LightshipError:
+        if chosen.tuned is None:
+            raise
+        check_drafted(drafted(given), bundle)
 
 
 def _refuse_unserved(kind: Kind) -> None:
@@ -215,7 +220,7 @@ def running(
     _refuse_unserved(opened.kind)
     with Serving(settings or ServeSettings(keys=None), host, port) as serving:
         chosen = serving.chosen(opened.folder, log.info)
-        _check_draft(opened, chosen)
+        _check_draft(opened, chosen, serving.settings)
         engine = serving.engine(chosen.target or opened.targets[0], chosen) if opened.kind == "decoder" else None
         server, _ = serving.server(opened, engine, chosen)
         with in_thread(server, serving.bound, serving.url):

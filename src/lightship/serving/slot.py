@@ -68,10 +68,19 @@ class Slot:
             await asyncio.sleep(0.05)
         if old.inside:
             log.warning("%d requests of the bundle before are cut off after %.0f s", old.inside, RETIRING)
+        await self._end(old)
+        log.warning("the engine of %s has ended", old.folder)
+
+    async def replace(self, new: Deployment) -> None:
+        """Put `new`, of which nothing is loaded yet, in the place of what could not be loaded, and end that."""
+        old, self.current = self.current, new
+        self.retiring.add(old)  # so that `close` ends it if this is cancelled
+        await self._end(old)
+
+    async def _end(self, old: Deployment) -> None:
         await old.close()
         self._restarts += old.engine.restarts
         self.retiring.discard(old)
-        log.warning("the engine of %s has ended", old.folder)
 
     # ── As one engine ───────────────────────────────────────────────────────
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightship import tuning
 from lightship.bundle import Bundle
-from lightship.draft import DRAFT_TOKENS, TARGET
+from lightship.draft import DRAFT_TOKENS, TARGET, check_draft
 from lightship.errors import BundleError
 from lightship.machine import machine
 from lightship.report import Metric, Report
@@ -33,8 +33,21 @@ def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], 
     tokens = chosen.tuned.settings.draft_tokens if chosen.tuned else DRAFT_TOKENS
     if not tokens:
         say("the draft is left out: the bundle was faster without it here")
+    return drafted(chosen, tokens)
+
+
+def drafted(settings: ServeSettings, tokens: int = DRAFT_TOKENS) -> ServeSettings:
+    """`settings` whose engine takes `tokens` a step of their draft, where they have one; without `tokens` none."""
+    if settings.draft is None:
+        return settings
     draft = str(settings.draft.target_folder(TARGET)) if tokens else None
-    return replace(chosen, engine=replace(chosen.engine, draft=draft, draft_tokens=tokens))
+    return replace(settings, engine=replace(settings.engine, draft=draft, draft_tokens=tokens))
+
+
+def check_drafted(settings: ServeSettings, bundle: Bundle) -> None:
+    """Raise `UnsupportedError` unless the draft, where the engine takes one, can propose to `bundle`."""
+    if settings.draft is not None and settings.engine.draft is not None:
+        check_draft(settings.draft, bundle, settings.target or bundle.targets[0], settings.max_context)
 
 
 def _tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], engines: int) -> ServeSettings:
