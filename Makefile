@@ -38,6 +38,8 @@ bench: .venv/build.done
 	$(BIN)/python -m benchmarks.precisions
 	$(BIN)/python -m benchmarks.fusions
 	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.overhead
 
 .venv/build.done: pyproject.toml constraints.txt
 	@echo "1/3 python environment in .venv"
