@@ -127,7 +127,7 @@ def faked(folder, settings):
     model_folder(folder)
     (folder / "fake.json").write_text(json.dumps({"slow": 0.005}))
     bundle = SimpleNamespace(name="org/fake", digest="0" * 64, targets=["fake"], target_folder=lambda target: folder,
-                             measured=lambda target: Report(()), manifest={})  # fmt: skip
+                             measured=lambda target: Report(()), manifest={}, folder=folder)  # fmt: skip
     with Serving(settings, "127.0.0.1", 0) as serving:
         server, _ = serving.server(bundle, Supervisor("fake", serving.settings.engine, serving.settings.care))
         with in_thread(server, serving.bound, serving.url):
