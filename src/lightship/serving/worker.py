@@ -30,9 +30,6 @@ log = logging.getLogger("lightship.serving")
 Answer = Event | LightshipError
 PATIENCE = 10.0  # seconds that a killed process may take to give its memory back
 REPORT = 0.5  # seconds between two reports of a busy engine, at least
-# After a step that finished requests the next one waits so long for those that take their places: what comes while a
-# step runs waits for all of it. A share of the step before, and seconds at most.
-LINGER, LINGER_MOST = 0.02, 0.01
 
 
 # ── The parent's side ───────────────────────────────────────────────────────
@@ -272,7 +269,6 @@ class _Loop:
         self._steps = self._handled = 0
         self._told = (0, False)  # what the parent was told last: messages handled, whether busy
         self._told_at = 0.0
-        self._places, self._linger = 0, 0.0  # left by the last step; seconds to wait for who takes them
 
     def run(self) -> None:
         """Until the parent closes the socket."""
@@ -290,21 +286,14 @@ class _Loop:
 
     def _turn(self, engine: Engine) -> bool:
         """Take what has arrived, then step; whether to go on."""
-        orders = self._orders(self._linger, max(self._places, 1))
-        if not orders and not engine.busy():
-            orders = self._orders(None)
-        for order in orders:
+        for order in self._orders(wait=not engine.busy()):
             if order is None:
                 engine.close()
                 return False
             self._handle(engine, order)
-        self._places, self._linger = 0, 0.0
         if engine.busy():
-            began = time.monotonic()
             events = engine.step()
             self._steps += 1
-            self._places = sum(event.finish_reason is not None for event in events)
-            self._linger = min(LINGER * (time.monotonic() - began), LINGER_MOST) if self._places else 0.0
             self._send_events(events)
         self._report(engine)
         return True
@@ -313,7 +302,7 @@ class _Loop:
         try:
             target = find("targets", self._target)
             getattr(target, "preload", lambda: None)()
-            order = next(iter(self._orders(None)))
+            order = next(iter(self._orders(wait=True)))
             if not isinstance(order, wire.Load):
                 return None
             engine: Engine = target.open(Path(order.folder), order.settings)
@@ -336,25 +325,22 @@ class _Loop:
             self._told, self._told_at = state, now
             self._send(wire.Progress(self._steps, *state, engine.stats()))
 
-    def _orders(self, wait: float | None, count: int = 1) -> list[wire.Order | None]:
-        """Whole messages that have arrived; None stands for the closed socket. Waits for `count` of them, for `wait`
-        seconds at most; None: for the first, as long as it takes."""
+    def _orders(self, wait: bool) -> list[wire.Order | None]:
+        """Whole messages that have arrived; None stands for the closed socket. Blocks for the first when `wait`."""
         found: list[wire.Order | None] = []
-        ends = None if wait is None else time.monotonic() + wait
-        while True:
-            left = None if ends is None else max(ends - time.monotonic(), 0)
-            if not select.select([self._connection], [], [], left)[0]:
-                return found
-            try:
-                data = self._connection.recv(1 << 20)
-            except ConnectionError:
-                data = b""
-            if not data:
-                return [None]
-            self._buffer += data
+        while not found:
+            if select.select([self._connection], [], [], None if wait else 0)[0]:
+                try:
+                    data = self._connection.recv(1 << 20)
+                except ConnectionError:
+                    data = b""
+                if not data:
+                    return [None]
+                self._buffer += data
             found.extend(wire.split(self._buffer))
-            if found and (ends is None or len(found) >= count):
-                return found
+            if not wait:
+                break
+        return found
 
     def _handle(self, engine: Engine, order: wire.Order) -> None:
         self._handled += 1
