@@ -79,15 +79,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     asked = parser.parse_args()
-    name = section("single" + masked(asked.isa))
+    here = section("single" + masked(asked.isa))
     arms: dict[str, tuple[Arm, int]] = {}
-    for name in ("int8", "bf16"):
-        bundle = made(asked.folder, name)
-        weights = (bundle.target_folder("openvino") / "openvino_model.bin").stat().st_size
-        for precision in (None, "f32", "bf16"):
-            if name != "bf16" or precision is None:
-                settings = EngineSettings(inference_precision=precision)
-                arms[f"lightship {name}, {precision or 'default'} arithmetic"] = ours(bundle, settings), weights
+    for weights in ("int8", "bf16"):
+        bundle = made(asked.folder, weights)
+        size = (bundle.target_folder("openvino") / "openvino_model.bin").stat().st_size
+        for arithmetic in (None, "f32", "bf16"):
+            if weights != "bf16" or arithmetic is None:
+                settings = EngineSettings(inference_precision=arithmetic)
+                arms[f"lightship {weights}, {arithmetic or 'default'} arithmetic"] = ours(bundle, settings), size
     program = asked.llama / "bin" / "llama-bench"
     missing = ""
     if asked.isa is not None:
@@ -109,7 +109,7 @@ def main() -> None:
         shares = [1e9 * each / best for each, best in zip(read, bandwidth, strict=True)]
         rows.append([name, f"{size / 1e9:.2f}", spread(speeds[name], ".1f"), spread(read, ".1f"), spread(shares)])
     put(
-        name,
+        here,
         f"{table(rows)}\n\n{OUT} tokens after {IN}; median (range) of {asked.repeats} rounds. Memory bandwidth "
         f"{spread([each / 1e9 for each in bandwidth], '.1f')} GB/s.{missing}",
     )
