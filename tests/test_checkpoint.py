@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from lightship.checkpoint import Checkpoint, save
 from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
-from lightship.structure import structure_of
+from lightship.structure import Structure, structure_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 IDS = torch.arange(1, 41).reshape(2, 20)
@@ -91,7 +91,7 @@ def test_a_cut_model_survives_saving(copy, tmp_path):
     cut_by_hand(copy)
     model = copy.load()
     saved = save(model, copy.folder, tmp_path / "saved", {"step": "width"})
-    assert saved.structure == [WHOLE, CUT] == structure_of(model)
+    assert saved.structure == Structure([WHOLE, CUT]) == structure_of(model)
     assert torch.equal(logits(saved.load()), logits(model))
 
 
@@ -117,8 +117,8 @@ def test_a_structure_that_cannot_be(copy, layers, word):
 
 
 def test_a_structure_of_another_version(copy):
-    (copy.folder / "structure.json").write_text(json.dumps({"version": 2, "layers": [WHOLE, WHOLE]}))
-    with pytest.raises(SourceError, match="version 2"):
+    (copy.folder / "structure.json").write_text(json.dumps({"version": 3, "layers": [WHOLE, WHOLE]}))
+    with pytest.raises(SourceError, match="version 3"):
         copy.load()
 
 
@@ -138,7 +138,7 @@ def test_a_cut_model_with_other_weights(copy, kind, drop, add):
 
 def test_a_structure_needs_llama_like_layers(tmp_path):
     gpt2 = Checkpoint(tiny_gpt2(tmp_path / "gpt2").folder)
-    assert structure_of(gpt2.load()) is None
+    assert not structure_of(gpt2.load())
     change(gpt2.folder / "config.json", num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
     structure = {"version": 1, "layers": [{**WHOLE, "num_key_value_heads": 4}] * 2}
     (gpt2.folder / "structure.json").write_text(json.dumps(structure))
@@ -178,7 +178,7 @@ def test_saving_keeps_the_lineage_and_the_tokenizer(llama, tmp_path):
     assert set(second.lineage[1]) == {"step", "options", "source", "digest", "time"}
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (second.folder / name).read_bytes() == (llama.folder / name).read_bytes()
-    assert second.eos_token_ids == llama.eos_token_ids == (0,) and second.structure is None
+    assert second.eos_token_ids == llama.eos_token_ids == (0,) and not second.structure
     assert str(llama.folder) not in (second.folder / "config.json").read_text()
 
 

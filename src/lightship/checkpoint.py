@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
 from lightship.kind import AUTO, Kind, kind_of
-from lightship.structure import STRUCTURE_VERSION, checked_structure, llama_layers, resize, structure_of
+from lightship.structure import Structure, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -203,10 +203,10 @@ class Checkpoint:
         return entries
 
     @property
-    def structure(self) -> list[dict[str, int]] | None:
-        """Sizes of every layer, or None where all layers are as `config.json` says."""
+    def structure(self) -> Structure:
+        """How the model differs from `config.json`; empty where it does not."""
         path = self.folder / "structure.json"
-        return checked_structure(read_json(path), path, self.config) if path.is_file() else None
+        return Structure.read(read_json(path), path, self.config) if path.is_file() else Structure()
 
     @property
     def weight_files(self) -> list[Path]:
@@ -270,7 +270,7 @@ class Checkpoint:
                 f"the installed transformers does not know the architecture {config.get('model_type')!r}",
                 hint="check model_type in config.json, or the version of transformers",
             ) from error
-        return self._load(parsed, kept) if structure is None else self._load_cut(parsed, kept, structure)
+        return self._load_cut(parsed, kept, structure) if structure else self._load(parsed, kept)
 
     def carry(self, folder: Path) -> Any:
         """Copy the configuration and tokenizer files that a runtime folder carries; returns the fast tokenizer, saved
@@ -321,19 +321,18 @@ class Checkpoint:
         loaded: PreTrainedModel = model.eval()
         return loaded
 
-    def _load_cut(self, config: Any, dtype: str, structure: list[dict[str, int]]) -> PreTrainedModel:
-        """The model whose layers differ: built from the configuration, its layers resized, then filled by name."""
+    def _load_cut(self, config: Any, dtype: str, structure: Structure) -> PreTrainedModel:
+        """The model that differs from its configuration: built by that, given its structure, then filled by name."""
         import safetensors
         import torch
+        import transformers
         from safetensors.torch import load_file
-        from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = getattr(transformers, AUTO[self.kind]).from_config(config, dtype=getattr(torch, dtype))
         model.tie_weights()  # skipped together with the initialisation
-        for layer, sizes in zip(llama_layers(model), structure, strict=True):
-            resize(layer, sizes)
+        structure.build(model)
         stored: dict[str, torch.Tensor] = {}
         try:
             for path in self.weight_files:
@@ -388,8 +387,8 @@ def save(
             place.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, place)
     structure = structure_of(model)
-    if structure is not None:
-        write_json(folder / "structure.json", {"version": STRUCTURE_VERSION, "layers": structure})
+    if structure:
+        write_json(folder / "structure.json", structure.written())
     entry = {"options": {}, "source": before.folder.name, "time": now(), **lineage_entry}
     entry.setdefault("digest", before.digest())
     write_json(folder / "lineage.json", [*before.lineage, entry])

@@ -1,0 +1,1 @@
+"""Checkpoint → lighter checkpoint, without training; one step a file."""

@@ -1,0 +1,132 @@
+"""A step changes a checkpoint into a lighter one. Each is one file in `compression/`, found by its name; its options
+are the fields of its class, with meaning and range, so that recipes, help and checks follow from them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lightship.calibration import Text
+from lightship.checkpoint import Checkpoint, save
+from lightship.errors import LightshipError, UsageError
+from lightship.find import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = Mapping[str, npt.NDArray[np.int64]]  # what a model is called with: input_ids, attention_mask, …
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may look at, none of which is ever scored: `batches`, inputs of the model as (rows, tokens) padded as
+    it expects, and the `text` they come from. `seed` decides all that is random; `say` tells a line of detail."""
+
+    batches: tuple[Inputs, ...]
+    text: Text
+    seed: int = 0
+    say: Callable[[str], None] = lambda line: None
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens in the batches."""
+        return int(sum(batch["attention_mask"].sum() for batch in self.batches))
+
+
+class Step(BaseModel, ABC):
+    """The base of every step. A subclass has its options as fields and says in `change` what it does to a model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def refuse(self, config: Mapping[str, Any]) -> None:
+        """Raise `UnsupportedError` for a model that this step cannot change, as far as its `config.json` tells: asked
+        before any work."""
+
+    def predicted_bytes(self, checkpoint: Checkpoint) -> int:
+        """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again."""
+        return 2 * sum_of_parameters(checkpoint) * 4
+
+    @abstractmethod
+    def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
+        """Change `model`, loaded in float32, in place; returns figures to keep in the lineage (plain data)."""
+
+    def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
+        """`checkpoint` changed, written into the new `folder` in its own dtype."""
+        import torch
+
+        torch.manual_seed(context.seed)
+        model = checkpoint.load("float32")
+        figures = self.change(model, context)
+        return self.write(model, checkpoint, folder, context, figures)
+
+    def write(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, context: Context, figures: dict[str, Any]
+    ) -> Checkpoint:
+        """Save `model` as what this step made of `checkpoint`. Raises `LightshipError` for a weight that is not finite."""
+        import torch
+
+        model.to(getattr(torch, checkpoint.dtype))
+        bad = [name for name, each in model.named_parameters() if not torch.isfinite(each).all()]
+        if bad:
+            raise LightshipError(f"{self.name()} made weights that are not finite: {', '.join(bad[:3])}")
+        entry = {"step": self.name(), "options": self.model_dump(mode="json"), "seed": context.seed,
+                 "tokens": context.tokens, "calibration": context.text.digest, **figures}  # fmt: skip
+        return save(model, checkpoint.folder, folder, entry)
+
+    @classmethod
+    def name(cls) -> str:
+        """The name of its file."""
+        return cls.__module__.rpartition(".")[2]
+
+
+def sum_of_parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in the weight files, from their headers."""
+    from math import prod
+
+    from lightship.checkpoint import safetensors_header
+
+    return sum(prod(entry["shape"]) for path in checkpoint.weight_files for entry in safetensors_header(path).values())
+
+
+def step_class(name: str) -> type[Step]:
+    """The step in the file `name` of `compression/`, or of a plug-in. Raises `UnknownName`, `MissingExtra`."""
+    module = find("compression", name)
+    found = [each for _, each in inspect.getmembers(module, inspect.isclass)
+             if issubclass(each, Step) and each is not Step and each.__module__ == module.__name__]  # fmt: skip
+    if len(found) != 1:
+        raise UsageError(f"{module.__name__} defines {len(found)} steps, expected exactly one")
+    return found[0]
+
+
+def make_step(name: str, options: Mapping[str, Any]) -> Step:
+    """The step `name` with `options`, text or plain data; in text a list is written with commas.
+
+    Raises `UnknownName`, or `UsageError` naming the option at fault, what was received and the nearest known one.
+    """
+    kind = step_class(name)
+    listed = {field for field, info in kind.model_fields.items() if "tuple" in str(info.annotation)}
+    given = {key: value.split(",") if key in listed and isinstance(value, str) else value
+             for key, value in options.items()}  # fmt: skip
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise UsageError(f"step {name}: {_explain(error, list(kind.model_fields))}") from error
+
+
+def _explain(error: ValidationError, known: list[str]) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        return f"{place + ': ' if place else ''}{first['msg']}, received {str(first['input'])[:80]!r}"
+    near = difflib.get_close_matches(place, known, 1)
+    advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}"
+    return f"unknown option {place!r}; {advice}"
