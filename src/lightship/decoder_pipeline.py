@@ -166,16 +166,7 @@ def gated(recipe: Recipe, work: Work, targets: Targets) -> Gated:
 
 def _read(recipe: Recipe, work: Work) -> Source:
     """The checkpoint and its texts. Only what is converted is kept."""
-    number = work.announce("read")
-    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say)
-    if found.depends is None:
-        checkpoint = found.read(work.folder, work.say)
-    else:
-
-        def make(folder: Path) -> None:
-            found.read(folder / "model", work.say)
-
-        checkpoint = Checkpoint(work.stage("read", found.depends, make, number=number).folder / "model")
+    checkpoint = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say).kept(work)
     if checkpoint.kind not in GENERATORS:
         raise UnsupportedError(f"{recipe.source} became a {checkpoint.kind}; adapters are merged into decoders only",
                                hint="merge it with PEFT and give the merged folder")  # fmt: skip

@@ -23,10 +23,17 @@ def _limited(metrics: Sequence[Metric], limit: float) -> tuple[Metric, ...]:
 def published(recipe: Recipe) -> Recipe:
     """`recipe` without paths of this machine: a bundle travels."""
     paths = {
-        name: value and Path(value).name for name in ("text", "golden", "out") for value in [getattr(recipe, name)]
+        name: value and Path(value).name
+        for name in ("text", "calibrate", "golden", "out")
+        for value in [getattr(recipe, name)]
     }
     models = {"source": _placeless(recipe.source), "base": recipe.base and _placeless(recipe.base)}
-    return recipe.model_copy(update={**paths, **models})
+    steps = tuple(
+        step.model_copy(update={"options": {name: _placeless(value) if isinstance(value, str) else value
+                                            for name, value in step.options.items()}})
+        for step in recipe.steps
+    )  # fmt: skip
+    return recipe.model_copy(update={**paths, **models, "steps": steps})
 
 
 def _placeless(source: str) -> str:

@@ -20,6 +20,8 @@ KLD_LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "int8": 2e-2, "int4"
 # The same for embedders: 1 − mean cosine of their embeddings.
 COSINE_LIMITS: dict[str, float] = {"fp32": 1e-5, "bf16": 1e-3, "int8": 1e-2}
 LIMITED = ("kld", "cosine_loss")
+# What a limit after a step may be on; of all but `top1` it is the most allowed.
+STEP_LIMITS = ("kld", "top1", "flips", "perplexity_ratio", "cosine_loss")
 
 INT4_ONLY = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
 
@@ -54,6 +56,23 @@ class Precision(_Data):
         return self
 
 
+class StepSpec(_Data):
+    """A step by its name and its options; in a file `svd: {keep: 0.9}`, or just `depth`."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": {} if options is None else options}
+        return value
+
+
 class Recipe(_Data):
     """One ship run. `accept` replaces the default limits on purpose and is recorded in the report."""
 
@@ -66,6 +85,10 @@ class Recipe(_Data):
     target: str | tuple[str, ...] | None = Field(
         None, description="openvino, onnx, or both as a list; default: openvino, for encoders both, the faster first"
     )
+    steps: tuple[StepSpec, ...] = Field((), description="what to do to the weights first, in this order")
+    limits: dict[str, float] = Field({}, description=f"of the loss after each step: {', '.join(STEP_LIMITS)}")
+    calibrate: str | None = Field(None, description="file to calibrate on; default: a part of the text, never scored")
+    seed: int = Field(0, ge=0, lt=2**32, description="of all that steps draw at random")
     precision: Precision = Precision()
     evaluate: Literal["quick", "full"] = "quick"
     text: str | None = Field(None, description="file to score on: plain text, chat or pairs JSONL")
@@ -77,6 +100,14 @@ class Recipe(_Data):
     def _readable(cls, accept: tuple[str, ...]) -> tuple[str, ...]:
         parse_accepts(accept)
         return accept
+
+    @field_validator("limits")
+    @classmethod
+    def _known(cls, limits: dict[str, float]) -> dict[str, float]:
+        for name, limit in limits.items():
+            if name not in STEP_LIMITS or not 0 <= limit < float("inf"):
+                raise ValueError(f"{name}: {limit} is no limit; known are {', '.join(STEP_LIMITS)}, 0 or more")
+        return limits
 
     @field_validator("target")
     @classmethod
@@ -101,12 +132,13 @@ class Recipe(_Data):
         return self.name or f"{source}-{self.precision.name}{other}"
 
     def kld_limit(self) -> float:
-        """The limit on mean KLD, an accepted one before the default."""
-        return parse_accepts(self.accept).get("kld", KLD_LIMITS[self.precision.name])
+        """The limit on mean KLD: an accepted one, else that of the steps, else the default."""
+        return parse_accepts(self.accept).get("kld", self.limits.get("kld", KLD_LIMITS[self.precision.name]))
 
     def cosine_limit(self) -> float:
-        """The limit on 1 − mean cosine of an embedder, an accepted one before the default."""
-        return parse_accepts(self.accept).get("cosine_loss", COSINE_LIMITS[self.precision.name])
+        """The limit on 1 − mean cosine of an embedder: an accepted one, else that of the steps, else the default."""
+        default = self.limits.get("cosine_loss", COSINE_LIMITS[self.precision.name])
+        return parse_accepts(self.accept).get("cosine_loss", default)
 
 
 def parse_accepts(accepts: tuple[str, ...]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from lightship.find import find
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BOUNDS = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}  # of annotated-types, as people write them
 Inputs = Mapping[str, npt.NDArray[np.int64]]  # what a model is called with: input_ids, attention_mask, …
 
 
@@ -71,7 +72,7 @@ class Step(BaseModel, ABC):
     def write(
         self, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, context: Context, figures: dict[str, Any]
     ) -> Checkpoint:
-        """Save `model` as this step's result from `checkpoint`. Raises `LightshipError` for weights that are not finite."""
+        """Save `model` as what this step made of `checkpoint`. Raises `LightshipError` for NaN and infinity."""
         import torch
 
         model.to(getattr(torch, checkpoint.dtype))
@@ -86,6 +87,16 @@ class Step(BaseModel, ABC):
     def name(cls) -> str:
         """The name of its file."""
         return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def describe(cls) -> str:
+        """What it does, and each option with its default and meaning, as lines for people."""
+        lines = [f"{cls.name()}: {inspect.cleandoc(cls.__doc__ or '')}", ""]
+        for option, field in cls.model_fields.items():
+            bounds = ", ".join(sign + str(getattr(each, key)) for each in field.metadata
+                               for key, sign in BOUNDS.items() if hasattr(each, key))  # fmt: skip
+            lines.append(f"  {option}={field.default}  {field.description}{f' ({bounds})' if bounds else ''}")
+        return "\n".join(lines)
 
 
 def sum_of_parameters(checkpoint: Checkpoint) -> int:

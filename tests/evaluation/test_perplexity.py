@@ -76,7 +76,8 @@ def test_nonsense_raises() -> None:
 
 def comparison(candidate: list[float], kld: list[float], passages: str = "00") -> Comparison:
     n = len(kld)
-    return Comparison(np.array(kld, np.float32), np.array([True] * (n - 1) + [False]), np.ones(n, np.float32),
+    return Comparison(np.array(kld, np.float32), np.array([True] * (n - 1) + [False]),
+                      np.array([False] * (n - 1) + [True]), np.ones(n, np.float32),
                       np.zeros(n, np.float32), np.full(n, -1.0, np.float32), np.array(candidate, np.float32),
                       np.array([passages[i % len(passages)] for i in range(n)]))  # fmt: skip
 
@@ -87,7 +88,7 @@ def test_quality_of_passages() -> None:
     metrics = {m.name: m for m in quality(found, text_bytes=6, scored="all tokens")}
     assert metrics["perplexity"].n == 4 and metrics["perplexity"].value == pytest.approx(math.exp(2.5))
     assert metrics["kld"].value == pytest.approx(0.2) and metrics["kld"].stderr == pytest.approx(0.1)
-    assert metrics["top1"].value == 0.75
+    assert metrics["top1"].value == 0.75 and metrics["flips"].value == 0.25
 
 
 def test_quality_of_a_broken_candidate_raises() -> None:

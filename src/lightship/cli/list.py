@@ -13,9 +13,9 @@ def command(as_json: bool) -> None:
     """List what recipes can name."""
     from lightship.find import names
 
-    found = {folder: names(folder) for folder in ("sources", "targets")}
+    found = {folder: names(folder) for folder in ("sources", "compression", "targets")}
     if as_json:
         click.echo(json.dumps(found))
         return
     for folder, entries in found.items():
-        click.echo(f"{folder:10} {' '.join(entries)}")
+        click.echo(f"{folder:12} {' '.join(entries)}")

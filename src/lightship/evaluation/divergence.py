@@ -110,12 +110,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per scored position: KL divergence, whether the likeliest token agrees, the original's margin between its two
+    """Per scored position: KL divergence, whether the likeliest token agrees, whether one of both has the
+    token that really follows as its likeliest and the other not, the original's margin between its two
     likeliest tokens (nats), the largest |Δ log p| over the tokens it holds likely (p > 1e-4), the log-probability of
     the token that really follows (NaN where none does) for original and candidate, and the name of its batch."""
 
     kld: Floats
     top1: npt.NDArray[np.bool_]
+    flip: npt.NDArray[np.bool_]
     margin: Floats
     error: Floats
     original: Floats
@@ -211,12 +213,14 @@ def _compare_few(p: Floats, q: Floats, label: npt.NDArray[np.int64]) -> list[npt
     first = np.take_along_axis(p, best[:, None], 1)[:, 0]
     others = p.copy()
     np.put_along_axis(others, best[:, None], -np.inf, 1)
+    other = q.argmax(axis=-1)
     taken = np.maximum(label, 0)[:, None]
     nothing = label < 0
     lost = np.float32(np.inf)
     return [
         np.where(finite, kld, lost),
-        (best == q.argmax(axis=-1)) & finite,
+        (best == other) & finite,
+        ((best == label) != ((other == label) & finite)) & ~nothing,
         first - others.max(axis=-1),
         np.where(finite, error, lost),
         np.where(nothing, np.nan, np.take_along_axis(p, taken, 1)[:, 0]).astype(np.float32),

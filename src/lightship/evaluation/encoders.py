@@ -65,16 +65,20 @@ def gate_rows(encoder: Encoder, text: Text) -> Rows:
 
 
 def score_rows(encoder: Encoder, text: Text, count: int) -> Rows:
-    """Up to `count` rows from the documents that never calibrate, one paragraph each, of the lengths in `LENGTHS`."""
-    scoring = text.split()[1]
+    """Up to `count` rows from the documents that never calibrate, see `rows_from`."""
+    return Rows(rows_from(encoder, text.split()[1], count).rows, text.digest)
+
+
+def rows_from(encoder: Encoder, text: Text, count: int) -> Rows:
+    """Up to `count` rows, a paragraph of `text` each, of the lengths in `LENGTHS`. Raises `UsageError` for none."""
     rows: list[Row] = []
     tokenizer = _copy(encoder)
-    for paragraph in (each for document in scoring.documents for each in paragraphs(document.text)):
+    for paragraph in (each for document in text.documents for each in paragraphs(document.text)):
         if len(rows) == count:
             break
         rows.append(_row(encoder, tokenizer, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context)))
     if not rows:
-        raise UsageError(f"{text.name} is too short: no paragraph of it is left to score on", hint="use a longer text")
+        raise UsageError(f"{text.name} is too short: no paragraph of it is left for this", hint="use a longer text")
     return Rows(tuple(rows), text.digest)
 
 

@@ -159,6 +159,15 @@ def peak_rss_bytes(pid: int | None = None) -> int:
     return _field(Path(f"/proc/{'self' if pid is None else pid}/status"), "VmHWM:")
 
 
+def forget_peak() -> bool:
+    """Let `peak_rss_bytes` of this process begin anew; False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _field(path: Path, name: str) -> int:
     try:
         for line in path.read_text().splitlines():

@@ -35,6 +35,9 @@ def quality(found: Comparison, text_bytes: float | None, scored: str) -> list[Me
         Metric("top1", float(found.top1.mean()), "share", n,
                mean_stderr([each.top1.astype(np.float64) for each in passages]), "higher", 1.0,
                f"positions where original and candidate rank the same token first; {drawn}"),
+        Metric("flips", float(found.flip.mean()), "share", n,
+               mean_stderr([each.flip.astype(np.float64) for each in passages]), "lower", 0.0,
+               f"positions where exactly one of both ranks the token that follows first (arXiv:2407.09141); {drawn}"),
         *perplexity([each.original for each in passages], [each.candidate for each in passages], text_bytes),
     ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from lightship.checkpoint import Checkpoint, sha256
 from lightship.errors import SourceError, UnsupportedError, UsageError
 from lightship.find import find
 from lightship.preflight import Seen
+from lightship.work import Work
 
 GGUF_MAGIC = b"GGUF"
 PICKLE_MAGIC = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, or a bare pickle
@@ -48,6 +49,17 @@ class Found:
         merging = {} if self.base is None else {"base": self.base, "origin": self.origin}
         checkpoint: Checkpoint = find("sources", self.kind).read(str(self.path), folder, log, **merging)
         return checkpoint
+
+    def kept(self, work: Work) -> Checkpoint:
+        """As `read`, as the stage `read` of `work`: what is converted is found there again."""
+        number, depends = work.announce("read"), self.depends
+        if depends is None:
+            return self.read(work.folder, work.say)
+
+        def make(folder: Path) -> None:
+            self.read(folder / "model", work.say)
+
+        return Checkpoint(work.stage("read", depends, make, number=number).folder / "model")
 
 
 def read(

@@ -1,0 +1,246 @@
+"""The walk of a checkpoint through steps: read → original → (step → gate) for each → a lighter checkpoint.
+
+Every finished step stays in the work folder, so that a run which was stopped, by a limit or otherwise, goes on from
+there. Nothing that is scored calibrates.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightship import several
+from lightship.calibration import Text, paragraph_keys
+from lightship.checkpoint import Checkpoint, write_json
+from lightship.encoder import Encoder
+from lightship.errors import UnsupportedError, UsageError
+from lightship.evaluation import encoders, loss, memory
+from lightship.evaluation.text import CHUNK, open_text, tokeniser
+from lightship.find import find
+from lightship.machine import memory_available
+from lightship.output import appear, check_out, scratch
+from lightship.preflight import gigabytes
+from lightship.recipe import Recipe
+from lightship.report import Metric
+from lightship.seq2seq import Seq2Seq
+from lightship.sources import look
+from lightship.step import Context, Inputs, Step, make_step
+from lightship.template import load_template
+from lightship.work import Progress, Stage, Work
+
+MARK = "lineage.json"  # a checkpoint of ours has it
+ROWS, TOGETHER = 32, 4  # rows of the calibration set, and how many are read together
+SOURCE, WRITTEN = 128, 32  # tokens of a source that an encoder-decoder calibrates on, and of what it writes for it
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a step made, and what it had lost against the original by then."""
+
+    step: Step
+    checkpoint: Checkpoint
+    size: int  # bytes of its weights
+    metrics: list[Metric]
+    entry: dict[str, Any]  # of its lineage
+    shown = ("kld", "top1", "flips", "perplexity_ratio", "cosine_loss")  # the metrics that people look at
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The original and what every step made of it, in order."""
+
+    original: Checkpoint
+    made: tuple[Made, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The last one."""
+        return self.made[-1].checkpoint if self.made else self.original
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """The steps of `recipe`, their options checked. Raises `UnknownName` or `UsageError`."""
+    return [make_step(spec.name, spec.options) for spec in recipe.steps]
+
+
+def stages(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Every stage, in order."""
+    numbered = (f"{word}step {number} {step.name()}" for number, step in enumerate(steps, 1) for word in ("", "gate "))
+    return ("read", "original", *numbered)
+
+
+def compress(
+    recipe: Recipe,
+    out: Path,
+    *,
+    runs: Path = Path("runs"),
+    force: bool = False,
+    progress: Progress = lambda line: None,
+    ignore_shortage: bool = False,
+) -> Compressed:
+    """Take the source of `recipe` through its steps and put the checkpoint at `out`; the stages stay below `runs`.
+
+    Raises `LimitExceeded` where a step loses more than `recipe.limits`, naming it: what was made so far stays, and a
+    rerun goes on from there.
+    """
+    steps = steps_of(recipe)
+    if not steps:
+        raise UsageError("no step is given", hint="for example --step svd --set keep=0.9; see `lightship list`")
+    check_out(out, recipe, force, MARK)
+    place = runs / f"{Path(recipe.source.rstrip('/')).name}-{'-'.join(step.name() for step in steps)}"
+    work = Work(place, stages(steps), progress)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    found = walk(recipe, steps, work, ignore_shortage=ignore_shortage)
+    with scratch(out) as folder:
+        finished = folder / "checkpoint"
+        shutil.copytree(found.checkpoint.folder, finished)
+        appear(finished, out)
+    return Compressed(found.original, (*found.made[:-1], replace(found.made[-1], checkpoint=Checkpoint(out))))
+
+
+def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: bool = False) -> Compressed:
+    """All stages in `work`."""
+    found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say)
+    original = found.kept(work)
+    for step in steps:
+        step.refuse(original.config)
+        if not ignore_shortage:
+            check_memory(step, original)
+    calibration = calibration_text(recipe, original)
+    recorded = _record(recipe, original, work)
+    made: list[Made] = []
+    current = original
+    for number, step in enumerate(steps, 1):
+        stage = _step(recipe, step, number, current, calibration, work)
+        current = Checkpoint(stage.folder / "checkpoint")
+        metrics = _gate(recipe, step, number, stage, current, recorded, work)
+        made.append(Made(step, current, current.weight_bytes, metrics, current.lineage[-1]))
+    return Compressed(original, tuple(made))
+
+
+def check_memory(step: Step, checkpoint: Checkpoint) -> None:
+    """Raise `UnsupportedError` where the step needs more memory than there is."""
+    needed, available = step.predicted_bytes(checkpoint), memory_available()
+    if needed > available:
+        raise UnsupportedError(
+            f"the step {step.name()} needs about {gigabytes(needed)} of memory, {gigabytes(available)} available",
+            hint="free some, or go on with --ignore-shortage: a prediction can be wrong",
+        )
+
+
+def calibration_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
+    """What steps may look at. Raises `UsageError` where it shares paragraphs with what is scored."""
+    scoring = loss.scoring_text(recipe, checkpoint)
+    if recipe.calibrate is None:
+        return scoring.split()[0]
+    given = open_text(recipe.calibrate, load_template(checkpoint.folder))
+    scored = {key for document in scoring.split()[1].documents for key in paragraph_keys(document.text)}
+    shared = [key for document in given.documents for key in paragraph_keys(document.text) if key in scored]
+    if shared:
+        raise UsageError(
+            f"{recipe.calibrate} shares {len(shared)} paragraphs with the text that is scored, such as "
+            f"{shared[0][:60]!r}; what calibrates must not score",
+            hint="leave them out of one of both, or leave --calibrate out: a part of the text then calibrates",
+        )
+    return given
+
+
+# ── Stages ──────────────────────────────────────────────────────────────────
+
+
+def _record(recipe: Recipe, original: Checkpoint, work: Work) -> Stage:
+    """What the original says, once for all steps."""
+    depends = {"checkpoint": original.digest(), "text": loss.scoring_text(recipe, original).digest,
+               "file": recipe.text and Path(recipe.text).name, "level": recipe.evaluate}  # fmt: skip
+    return work.stage("original", depends, lambda folder: loss.record(recipe, original, folder / "said"))
+
+
+def _step(recipe: Recipe, step: Step, number: int, current: Checkpoint, text: Text, work: Work) -> Stage:
+    """What `step` makes of `current`; time and memory go into its lineage."""
+    name = f"step {number} {step.name()}"
+
+    def make(folder: Path) -> None:
+        context = Context(tuple(batches(current, text)), text, recipe.seed, work.say)
+        fresh, began = memory.forget_peak(), time.monotonic()
+        made = step.apply(current, folder / "checkpoint", context)
+        seconds = time.monotonic() - began
+        entries = made.lineage
+        entries[-1]["seconds"] = round(seconds, 2)
+        entries[-1]["peak_bytes"] = memory.peak_rss_bytes() if fresh else None
+        write_json(made.folder / "lineage.json", entries)
+        work.say(
+            f"{made.weight_bytes / 1e6:.1f} MB of weights, {made.weight_bytes / current.weight_bytes:.1%} of before"
+        )
+        gc.collect()
+
+    depends = {"checkpoint": current.digest(), "step": step.name(), "options": step.model_dump(mode="json"),
+               "seed": recipe.seed, "calibration": text.digest}  # fmt: skip
+    return work.stage(name, depends, make)
+
+
+def _gate(
+    recipe: Recipe, step: Step, number: int, made: Stage, current: Checkpoint, recorded: Stage, work: Work
+) -> list[Metric]:
+    """What is lost by now. The limits are looked at outside the stage: who changes them need not measure again."""
+    name = f"gate step {number} {step.name()}"
+
+    def measure(folder: Path) -> dict[str, Any]:
+        return several.kept(loss.measure(recipe, current, recorded.folder / "said"))
+
+    stage = work.stage(name, {"made": made.digest, "original": recorded.digest}, measure)
+    metrics = several.metrics(stage.result)
+    for metric in metrics:
+        if metric.name in Made.shown:
+            error = "" if metric.stderr is None else f" ± {metric.stderr:.1g}"
+            work.say(f"{metric.name} {metric.value:.4g}{error}")
+    hint = f"ask less of it, or allow more; what it made is in {current.folder}, the steps before it are kept"
+    loss.check(metrics, recipe.limits, f"step {number}, {step.name()}", hint)
+    return metrics
+
+
+# ── What a model is calibrated with ─────────────────────────────────────────
+
+
+def batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
+    """Inputs of the model from `text`, `ROWS` rows at most. Raises `UsageError` where it is too short for one."""
+    if checkpoint.kind == "decoder":
+        return _decoder_batches(checkpoint, text)
+    if checkpoint.kind == "seq2seq":
+        return _pair_batches(checkpoint, text)
+    encoder = Encoder.load(checkpoint.folder)
+    rows = encoders.rows_from(encoder, text, ROWS * TOGETHER)
+    typed = "type_vocab_size" in checkpoint.config and checkpoint.config["type_vocab_size"] > 0
+    return [
+        {"input_ids": each.ids, "attention_mask": each.mask, **({"token_type_ids": each.types} if typed else {})}
+        for each in rows.batches(encoder)
+    ]
+
+
+def _decoder_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
+    encode, start = tokeniser(checkpoint)
+    found = text.encode(encode, min(CHUNK, checkpoint.context_length), ROWS, start=start)
+    rows = np.array(found.sequences, np.int64)
+    parts = (rows[at : at + TOGETHER] for at in range(0, len(rows), TOGETHER))
+    return [{"input_ids": each, "attention_mask": np.ones_like(each)} for each in parts]
+
+
+def _pair_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
+    """Sources, and what the model itself writes for them."""
+    about = Seq2Seq.load(checkpoint.folder)
+    ids = text.encode(lambda words: about.tokenizer.encode(words, add_special_tokens=False).ids,
+                      min(SOURCE, about.context - len(about.frame([]))), ROWS).sequences  # fmt: skip
+    writer = find("targets", "pytorch").open_scorer(checkpoint.folder)
+    found: list[Inputs] = []
+    for at in range(0, len(ids), TOGETHER):
+        sources = [about.frame(list(row)) for row in ids[at : at + TOGETHER]]
+        given, mask = about.padded(sources)
+        written = [[*about.start, *row] for row in writer.greedy(sources, WRITTEN)]
+        found.append({"input_ids": given, "attention_mask": mask, "decoder_input_ids": np.array(written, np.int64)})
+    return found

@@ -1,0 +1,98 @@
+"""What a changed checkpoint has lost: the original against it in PyTorch, both in float32, on text that nothing was
+calibrated on. Of models that generate KL divergence, top-1, flips and perplexity; of encoders as in `encoders`."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+from lightship.calibration import Text
+from lightship.checkpoint import Checkpoint
+from lightship.encoder import Encoder
+from lightship.engine import EngineSettings
+from lightship.errors import LimitExceeded
+from lightship.evaluation import divergence, encoders, pairs, perplexity
+from lightship.evaluation.encoders import Rows
+from lightship.evaluation.pairs import PairTexts
+from lightship.evaluation.text import Texts, cut, open_text
+from lightship.find import find
+from lightship.kind import GENERATORS
+from lightship.recipe import Recipe
+from lightship.report import Metric
+from lightship.template import load_template
+
+ENCODER_ROWS = {"quick": 64, "full": 256}
+BYTES = "bytes.json"
+
+
+def scoring_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
+    """The text of `recipe`, of which a part is scored."""
+    path = Path(recipe.text) if recipe.text else None
+    if checkpoint.kind == "seq2seq" and path is not None and path.suffix == ".jsonl":
+        path = None  # pairs: their targets are scored whole, and calibrate nothing
+    return open_text(str(path) if path else None, load_template(checkpoint.folder))
+
+
+def record(recipe: Recipe, original: Checkpoint, folder: Path) -> dict[str, Any]:
+    """Keep in `folder` what `original` says on the text of `recipe`; returns what that text is, as plain data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if original.kind not in GENERATORS:
+        encoder, rows = _rows(recipe, original)
+        engine = _engine(original)
+        encoders.record(encoder, engine, rows, folder)
+        engine.close()
+        described: dict[str, Any] = {"name": "texts", "scoring_sha256": rows.digest}
+    else:
+        texts = _texts(recipe, original)
+        scorer = find("targets", "pytorch").open_scorer(original.folder)
+        batches, text_bytes = texts.score_batches(scorer)
+        divergence.record(scorer, batches, folder)
+        (folder / BYTES).write_text(json.dumps(text_bytes))
+        described = texts.describe
+    gc.collect()
+    return described
+
+
+def measure(recipe: Recipe, changed: Checkpoint, recorded: Path) -> list[Metric]:
+    """What `changed` has lost against the original that `record` left in `recorded`. Raises `LightshipError` for a loss
+    that is not finite."""
+    if changed.kind not in GENERATORS:
+        encoder, rows = _rows(recipe, changed)
+        engine = _engine(changed)
+        found = encoders.distance(encoder, engine, rows, recorded).metrics()
+        engine.close()
+    else:
+        scorer = find("targets", "pytorch").open_scorer(changed.folder)
+        reference = divergence.reopen(recorded)
+        text_bytes = json.loads((recorded / BYTES).read_text())
+        compared = divergence.compare(reference, scorer)
+        found = perplexity.quality(compared, text_bytes, _texts(recipe, changed).scored)
+    gc.collect()
+    return found
+
+
+def check(metrics: list[Metric], limits: dict[str, float], what: str, hint: str) -> None:
+    """Raise `LimitExceeded` naming `what`, the figure, its limit and by how much it is missed."""
+    figures = {metric.name: metric for metric in metrics}
+    for name, limit in limits.items():
+        if name in figures:
+            value, lower = figures[name].value, figures[name].direction == "lower"
+            over = value - limit if lower else limit - value
+            if not over <= 0:
+                side = "exceeds" if lower else "is below"
+                raise LimitExceeded(f"{what}: {name} {value:.4g} {side} the limit {limit:g} by {over:.3g}", hint=hint)
+
+
+def _texts(recipe: Recipe, checkpoint: Checkpoint) -> Texts | PairTexts:
+    return pairs.cut(recipe, checkpoint) if checkpoint.kind == "seq2seq" else cut(recipe, checkpoint)
+
+
+def _rows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Encoder, Rows]:
+    encoder = Encoder.load(checkpoint.folder)
+    return encoder, encoders.score_rows(encoder, open_text(recipe.text, None), ENCODER_ROWS[recipe.evaluate])
+
+
+def _engine(checkpoint: Checkpoint) -> Any:
+    return find("targets", "pytorch").open_encoder(checkpoint.folder, EngineSettings(inference_precision="f32"))
