@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightship.errors import MissingExtra, SourceError, UnsupportedError, UsageError
+from lightship.kept import FILE as KEPT_FILE
+from lightship.kept import Kept
 from lightship.kind import AUTO, Kind, kind_of
 from lightship.structure import Structure, structure_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from transformers import PreTrainedModel
 
 HEADER_LIMIT = 100 * 2**20  # bytes, as the safetensors format itself sets it
@@ -27,7 +31,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 TOOL_USE = "additional_chat_templates/tool_use.jinja"  # the template for chats with tools, where it is one of its own
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "*.model", TOOL_USE,
+    "vocab.json", "merges.txt", "*.model", TOOL_USE, KEPT_FILE,
 )  # fmt: skip
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -207,6 +211,12 @@ class Checkpoint:
         """How the model differs from `config.json`; empty where it does not."""
         path = self.folder / "structure.json"
         return Structure.read(read_json(path), path, self.config) if path.is_file() else Structure()
+
+    @property
+    def kept_tokens(self) -> npt.NDArray[np.int64] | None:
+        """The ids that its tokens have in the original, ascending, where the vocabulary was cut; else None."""
+        path = self.folder / KEPT_FILE
+        return Kept.read(read_json(path), path, self.vocabulary).ids if path.is_file() else None
 
     @property
     def weight_files(self) -> list[Path]:
