@@ -120,7 +120,7 @@ def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: 
     for number, step in enumerate(steps, 1):
         stage = _step(recipe, step, number, current, calibration, work)
         current = Checkpoint(stage.folder / "checkpoint")
-        metrics = _gate(recipe, step, number, stage, current, recorded, work)
+        metrics = _gate(Gate(recipe, original, recorded, work), f"step {number} {step.name()}", stage, current)
         made.append(Made(step, current, current.weight_bytes, metrics, current.lineage[-1]))
     return Compressed(original, tuple(made))
 
@@ -159,7 +159,7 @@ def _record(recipe: Recipe, original: Checkpoint, work: Work) -> Stage:
     """What the original says, once for all steps."""
     depends = {"checkpoint": original.digest(), "text": loss.scoring_text(recipe, original).digest,
                "file": recipe.text and Path(recipe.text).name, "level": recipe.evaluate}  # fmt: skip
-    return work.stage("original", depends, lambda folder: loss.record(recipe, original, folder / "said"))
+    return work.stage("original", depends, lambda folder: loss.record(recipe, original, original, folder / "said"))
 
 
 def _step(recipe: Recipe, step: Step, number: int, current: Checkpoint, text: Text, work: Work) -> Stage:
@@ -185,23 +185,36 @@ def _step(recipe: Recipe, step: Step, number: int, current: Checkpoint, text: Te
     return work.stage(name, depends, make)
 
 
-def _gate(
-    recipe: Recipe, step: Step, number: int, made: Stage, current: Checkpoint, recorded: Stage, work: Work
-) -> list[Metric]:
+@dataclass(frozen=True)
+class Gate:
+    """What every step is measured against: the original, and what it said."""
+
+    recipe: Recipe
+    original: Checkpoint
+    recorded: Stage
+    work: Work
+
+
+def _gate(gate: Gate, name: str, made: Stage, current: Checkpoint) -> list[Metric]:
     """What is lost by now. The limits are looked at outside the stage: who changes them need not measure again."""
-    name = f"gate step {number} {step.name()}"
+    recipe, work = gate.recipe, gate.work
 
     def measure(folder: Path) -> dict[str, Any]:
-        return several.kept(loss.measure(recipe, current, recorded.folder / "said"))
+        said = gate.recorded.folder / "said"
+        if current.kept_tokens is not None:  # it reads the text in other tokens
+            loss.record(recipe, gate.original, current, said := folder / "said")
+        metrics = loss.measure(recipe, current, said)
+        shutil.rmtree(folder / "said", ignore_errors=True)
+        return several.kept(metrics)
 
-    stage = work.stage(name, {"made": made.digest, "original": recorded.digest}, measure)
+    stage = work.stage(f"gate {name}", {"made": made.digest, "original": gate.recorded.digest}, measure)
     metrics = several.metrics(stage.result)
     for metric in metrics:
         if metric.name in Made.shown:
             error = "" if metric.stderr is None else f" ± {metric.stderr:.1g}"
             work.say(f"{metric.name} {metric.value:.4g}{error}")
     hint = f"ask less of it, or allow more; what it made is in {current.folder}, the steps before it are kept"
-    loss.check(metrics, recipe.limits, f"step {number}, {step.name()}", hint)
+    loss.check(metrics, recipe.limits, name, hint)
     return metrics
 
 

@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
@@ -17,10 +20,12 @@ from lightship.evaluation import divergence, encoders, pairs, perplexity
 from lightship.evaluation.encoders import Rows
 from lightship.evaluation.pairs import PairTexts
 from lightship.evaluation.text import Texts, cut, open_text
+from lightship.evaluation.vocabulary_view import Restricted, RestrictedEngine, RestrictedPair
 from lightship.find import find
 from lightship.kind import GENERATORS
 from lightship.recipe import Recipe
 from lightship.report import Metric
+from lightship.seq2seq import Seq2Seq
 from lightship.template import load_template
 
 ENCODER_ROWS = {"quick": 64, "full": 256}
@@ -35,24 +40,40 @@ def scoring_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
     return open_text(str(path) if path else None, load_template(checkpoint.folder))
 
 
-def record(recipe: Recipe, original: Checkpoint, folder: Path) -> dict[str, Any]:
-    """Keep in `folder` what `original` says on the text of `recipe`; returns what that text is, as plain data."""
+def record(recipe: Recipe, original: Checkpoint, through: Checkpoint, folder: Path) -> None:
+    """Keep in `folder` what `original` says on the text of `recipe` as `through` reads it: a checkpoint with the same
+    vocabulary, or with a part of it, to which what the original says is then restricted."""
     folder.mkdir(parents=True, exist_ok=True)
+    kept = _kept(original, through)
     if original.kind not in GENERATORS:
-        encoder, rows = _rows(recipe, original)
+        encoder, rows = _rows(recipe, through)
         engine = _engine(original)
-        encoders.record(encoder, engine, rows, folder)
+        encoders.record(encoder, engine if kept is None else RestrictedEngine(engine, kept), rows, folder)
         engine.close()
-        described: dict[str, Any] = {"name": "texts", "scoring_sha256": rows.digest}
     else:
-        texts = _texts(recipe, original)
-        scorer = find("targets", "pytorch").open_scorer(original.folder)
-        batches, text_bytes = texts.score_batches(scorer)
+        scorer = original_scorer(original, through)
+        batches, text_bytes = _texts(recipe, through).score_batches(scorer)
         divergence.record(scorer, batches, folder)
         (folder / BYTES).write_text(json.dumps(text_bytes))
-        described = texts.describe
     gc.collect()
-    return described
+
+
+def original_scorer(original: Checkpoint, through: Checkpoint) -> Any:
+    """What scores `original` in the vocabulary of `through`."""
+    scorer, kept = find("targets", "pytorch").open_scorer(original.folder), _kept(original, through)
+    if kept is None:
+        return scorer
+    if original.kind == "seq2seq":
+        return RestrictedPair(scorer, kept, Seq2Seq.load(through.folder))
+    return Restricted(scorer, kept)
+
+
+def _kept(original: Checkpoint, through: Checkpoint) -> npt.NDArray[np.int64] | None:
+    """The ids that the tokens of `through` have in `original`; None where both have the same."""
+    before, after = original.kept_tokens, through.kept_tokens
+    if after is None or (before is not None and len(before) == len(after)):
+        return None
+    return after if before is None else np.searchsorted(before, after)
 
 
 def measure(recipe: Recipe, changed: Checkpoint, recorded: Path) -> list[Metric]:

@@ -1,0 +1,129 @@
+"""A checkpoint through several steps: what is measured, kept, found again, and refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightship import compress_pipeline
+from lightship.checkpoint import Checkpoint
+from lightship.compress_pipeline import compress
+from lightship.compression.magnitude import Magnitude
+from lightship.errors import LightshipError, LimitExceeded, SourceError, UnknownName, UnsupportedError, UsageError
+from lightship.recipe import Recipe
+from tests.tiny import tiny_encoder, tiny_llama, tiny_seq2seq
+
+LIGHT, HEAVY = {"magnitude": {"sparsity": 0.01}}, {"magnitude": {"sparsity": 0.6}}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A llama with a short context: its passages are short."""
+    return tiny_llama(tmp_path_factory.mktemp("small") / "llama", max_position_embeddings=128)
+
+
+def made(source, folder, *steps, **given):
+    return compress(Recipe(source=str(source), steps=steps, **given), folder / "out", runs=folder / "runs", force=True)
+
+
+def test_two_steps(small, tmp_path):
+    found = made(small.folder, tmp_path, LIGHT, HEAVY)
+    first, second = found.made
+    losses = [next(each.value for each in made.metrics if each.name == "kld") for made in found.made]
+    assert 0 < losses[0] < 0.01 < losses[1]
+    assert {"kld", "top1", "flips", "perplexity"} <= {metric.name for metric in second.metrics}
+    assert found.checkpoint == Checkpoint(tmp_path / "out") and found.original == small
+    weights = found.checkpoint.load().model.layers[0].mlp.up_proj.weight
+    assert (weights == 0).float().mean() == pytest.approx(0.6, abs=0.01)
+    one, two = found.checkpoint.lineage
+    assert (one["step"], one["options"]["sparsity"], two["options"]["sparsity"]) == ("magnitude", 0.01, 0.6)
+    assert two["digest"] == first.checkpoint.digest() != one["digest"] == small.digest()
+    assert two["seconds"] > 0 and two["tokens"] == 32 * 128 and two["seed"] == 0 and len(two["calibration"]) == 64
+    assert two["peak_bytes"] is None or two["peak_bytes"] > 10**8
+
+
+def test_finished_steps_are_found_again(small, tmp_path, monkeypatch):
+    digest = made(small.folder, tmp_path, LIGHT, HEAVY).checkpoint.digest()
+    applied = []
+    real = Magnitude.change
+    monkeypatch.setattr(Magnitude, "change", lambda self, *given: applied.append(self.sparsity) or real(self, *given))
+    assert made(small.folder, tmp_path, LIGHT, HEAVY).checkpoint.digest() == digest
+    assert applied == []
+    made(small.folder, tmp_path, LIGHT, {"magnitude": {"sparsity": 0.2}})
+    assert applied == [0.2], "only the step that changed is done"
+    made(small.folder, tmp_path, LIGHT, HEAVY, seed=1)
+    assert applied == [0.2, 0.01, 0.6]
+
+
+def test_a_limit_stops_the_step_that_breaks_it_and_keeps_what_was_made(small, tmp_path):
+    with pytest.raises(LimitExceeded, match=r"step 2 magnitude: kld .* exceeds the limit 0\.01 by") as error:
+        made(small.folder, tmp_path, LIGHT, HEAVY, LIGHT, limits={"kld": 0.01})
+    assert not (tmp_path / "out").exists()
+    kept = sorted(path.name[:2] for path in (tmp_path / "runs").glob("*/*") if not path.name.startswith("."))
+    assert kept == ["02", "03", "04", "05", "06"] and str(tmp_path / "runs") in error.value.hint
+    with pytest.raises(LimitExceeded, match=r"top1 .* is below the limit 0\.99"):
+        made(small.folder, tmp_path, HEAVY, limits={"top1": 0.99})
+    made(small.folder, tmp_path, LIGHT, HEAVY, LIGHT, limits={"kld": 100})
+
+
+def test_a_weight_that_is_not_finite_is_an_error(small, tmp_path, monkeypatch):
+    def spoil(self, model, context):
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+        return {}
+
+    monkeypatch.setattr(Magnitude, "change", spoil)
+    with pytest.raises(LightshipError, match=r"not finite: model\.layers\.0\.mlp\.up_proj"):
+        made(small.folder, tmp_path, LIGHT)
+
+
+@pytest.mark.parametrize("kind", ["bert", "embedder", "t5"])
+def test_other_kinds(kind, tmp_path):
+    make = {
+        "bert": lambda folder: tiny_encoder(folder, "BertForSequenceClassification"),
+        "embedder": lambda folder: tiny_encoder(folder, "BertModel"),
+        "t5": lambda folder: tiny_seq2seq(folder, "t5"),
+    }
+    found = made(make[kind](tmp_path / "model").folder, tmp_path, HEAVY)
+    name = "cosine_loss" if kind == "embedder" else "kld"
+    assert next(each.value for each in found.made[0].metrics if each.name == name) > 1e-3
+    assert (found.checkpoint.lineage[-1]["tokens"]) > 100
+
+
+def test_what_calibrates_must_not_score(small, tmp_path):
+    prose = [f"Paragraph {number} tells of ships, harbours and the weather at sea, {number % 7} times." * 3
+             for number in range(300)]  # fmt: skip
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("\n\n".join(prose))
+    other.write_text("\n\n".join(prose[100:200]))
+    with pytest.raises(UsageError, match=r"shares \d+ paragraphs with the text that is scored"):
+        made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+    other.write_text("Too short.")
+    with pytest.raises(UsageError, match="too short"):
+        made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+    other.write_text("\n\n".join(each.replace("ships", "trains") for each in prose))
+    made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+
+
+def test_what_cannot_be_is_refused_before_any_work(small, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no step is given"):
+        made(small.folder, tmp_path)
+    with pytest.raises(UnknownName, match="'magnitud'"):
+        made(small.folder, tmp_path, "magnitud")
+    with pytest.raises(UsageError, match="sparsity"):
+        made(small.folder, tmp_path, {"magnitude": {"sparsity": 1.0}})
+    with pytest.raises(SourceError):
+        made(tmp_path / "nowhere", tmp_path, LIGHT)
+    monkeypatch.setattr(compress_pipeline, "memory_available", lambda: 10)
+    with pytest.raises(UnsupportedError, match=r"the step magnitude needs about .* of memory"):
+        made(small.folder, tmp_path, LIGHT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_limits_and_steps_of_a_recipe():
+    recipe = Recipe(source="x", steps=["magnitude", {"magnitude": {"sparsity": 0.2}}], limits={"kld": 0.3})
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+    assert [spec.options for spec in recipe.steps] == [{}, {"sparsity": 0.2}] and recipe.kld_limit() == 0.3
+    with pytest.raises(ValueError, match="kdl"):
+        Recipe(source="x", limits={"kdl": 0.3})
