@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from lightship import compress_pipeline
 from lightship.checkpoint import Checkpoint
 from lightship.compress_pipeline import compress
 from lightship.compression.magnitude import Magnitude
@@ -115,7 +114,7 @@ def test_what_cannot_be_is_refused_before_any_work(small, tmp_path, monkeypatch)
         made(small.folder, tmp_path, {"magnitude": {"sparsity": 1.0}})
     with pytest.raises(SourceError):
         made(tmp_path / "nowhere", tmp_path, LIGHT)
-    monkeypatch.setattr(compress_pipeline, "memory_available", lambda: 10)
+    monkeypatch.setattr("lightship.step.memory_available", lambda: 10)
     with pytest.raises(UnsupportedError, match=r"the step magnitude needs about .* of memory"):
         made(small.folder, tmp_path, LIGHT)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ import lightship
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lightship"
-WALKS = ("compress_pipeline", "decoder_pipeline", "encoder_pipeline", "tune_pipeline")
+WALKS = ("advise_pipeline", "compress_pipeline", "decoder_pipeline", "encoder_pipeline", "tune_pipeline")
 STAGES = {
     "bench",
     "sources",

@@ -14,30 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lightship import several
-from lightship.calibration import Text, paragraph_keys
+from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint, write_json
-from lightship.encoder import Encoder
-from lightship.errors import UnsupportedError, UsageError
-from lightship.evaluation import encoders, loss, memory
-from lightship.evaluation.text import CHUNK, open_text, tokeniser
-from lightship.find import find
-from lightship.machine import memory_available
+from lightship.errors import UsageError
+from lightship.evaluation import calibrating, loss, memory
 from lightship.output import appear, check_out, scratch
-from lightship.preflight import gigabytes
 from lightship.recipe import Recipe
 from lightship.report import Metric
-from lightship.seq2seq import Seq2Seq
 from lightship.sources import look
-from lightship.step import Context, Inputs, Step, make_step
-from lightship.template import load_template
+from lightship.step import Step, make_step
 from lightship.work import Progress, Stage, Work
 
 MARK = "lineage.json"  # a checkpoint of ours has it
-ROWS, TOGETHER = 32, 4  # rows of the calibration set, and how many are read together
-SOURCE, WRITTEN = 128, 32  # tokens of a source that an encoder-decoder calibrates on, and of what it writes for it
 
 
 @dataclass(frozen=True)
@@ -112,8 +101,8 @@ def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: 
     for step in steps:
         step.refuse(original.config)
         if not ignore_shortage:
-            check_memory(step, original)
-    calibration = calibration_text(recipe, original)
+            step.check_memory(original)
+    calibration = calibrating.text(recipe, original)
     recorded = _record(recipe, original, work)
     made: list[Made] = []
     current = original
@@ -125,39 +114,12 @@ def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: 
     return Compressed(original, tuple(made))
 
 
-def check_memory(step: Step, checkpoint: Checkpoint) -> None:
-    """Raise `UnsupportedError` where the step needs more memory than there is."""
-    needed, available = step.predicted_bytes(checkpoint), memory_available()
-    if needed > available:
-        raise UnsupportedError(
-            f"the step {step.name()} needs about {gigabytes(needed)} of memory, {gigabytes(available)} available",
-            hint="free some, or go on with --ignore-shortage: a prediction can be wrong",
-        )
-
-
-def calibration_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
-    """What steps may look at. Raises `UsageError` where it shares paragraphs with what is scored."""
-    scoring = loss.scoring_text(recipe, checkpoint)
-    if recipe.calibrate is None:
-        return scoring.split()[0]
-    given = open_text(recipe.calibrate, load_template(checkpoint.folder))
-    scored = {key for document in scoring.split()[1].documents for key in paragraph_keys(document.text)}
-    shared = [key for document in given.documents for key in paragraph_keys(document.text) if key in scored]
-    if shared:
-        raise UsageError(
-            f"{recipe.calibrate} shares {len(shared)} paragraphs with the text that is scored, such as "
-            f"{shared[0][:60]!r}; what calibrates must not score",
-            hint="leave them out of one of both, or leave --calibrate out: a part of the text then calibrates",
-        )
-    return given
-
-
 # ── Stages ──────────────────────────────────────────────────────────────────
 
 
 def _record(recipe: Recipe, original: Checkpoint, work: Work) -> Stage:
     """What the original says, once for all steps."""
-    depends = {"checkpoint": original.digest(), "text": loss.scoring_text(recipe, original).digest,
+    depends = {"checkpoint": original.digest(), "text": calibrating.scoring_text(recipe, original).digest,
                "file": recipe.text and Path(recipe.text).name, "level": recipe.evaluate}  # fmt: skip
     return work.stage("original", depends, lambda folder: loss.record(recipe, original, original, folder / "said"))
 
@@ -167,7 +129,7 @@ def _step(recipe: Recipe, step: Step, number: int, current: Checkpoint, text: Te
     name = f"step {number} {step.name()}"
 
     def make(folder: Path) -> None:
-        context = Context(tuple(batches(current, text)), text, recipe.seed, work.say)
+        context = calibrating.context(recipe, current, text, work.say)
         fresh, began = memory.forget_peak(), time.monotonic()
         made = step.apply(current, folder / "checkpoint", context)
         seconds = time.monotonic() - began
@@ -216,44 +178,3 @@ def _gate(gate: Gate, name: str, made: Stage, current: Checkpoint) -> list[Metri
     hint = f"ask less of it, or allow more; what it made is in {current.folder}, the steps before it are kept"
     loss.check(metrics, recipe.limits, name, hint)
     return metrics
-
-
-# ── What a model is calibrated with ─────────────────────────────────────────
-
-
-def batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
-    """Inputs of the model from `text`, `ROWS` rows at most. Raises `UsageError` where it is too short for one."""
-    if checkpoint.kind == "decoder":
-        return _decoder_batches(checkpoint, text)
-    if checkpoint.kind == "seq2seq":
-        return _pair_batches(checkpoint, text)
-    encoder = Encoder.load(checkpoint.folder)
-    rows = encoders.rows_from(encoder, text, ROWS * TOGETHER)
-    typed = "type_vocab_size" in checkpoint.config and checkpoint.config["type_vocab_size"] > 0
-    return [
-        {"input_ids": each.ids, "attention_mask": each.mask, **({"token_type_ids": each.types} if typed else {})}
-        for each in rows.batches(encoder)
-    ]
-
-
-def _decoder_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
-    encode, start = tokeniser(checkpoint)
-    found = text.encode(encode, min(CHUNK, checkpoint.context_length), ROWS, start=start)
-    rows = np.array(found.sequences, np.int64)
-    parts = (rows[at : at + TOGETHER] for at in range(0, len(rows), TOGETHER))
-    return [{"input_ids": each, "attention_mask": np.ones_like(each)} for each in parts]
-
-
-def _pair_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
-    """Sources, and what the model itself writes for them."""
-    about = Seq2Seq.load(checkpoint.folder)
-    ids = text.encode(lambda words: about.tokenizer.encode(words, add_special_tokens=False).ids,
-                      min(SOURCE, about.context - len(about.frame([]))), ROWS).sequences  # fmt: skip
-    writer = find("targets", "pytorch").open_scorer(checkpoint.folder)
-    found: list[Inputs] = []
-    for at in range(0, len(ids), TOGETHER):
-        sources = [about.frame(list(row)) for row in ids[at : at + TOGETHER]]
-        given, mask = about.padded(sources)
-        written = [[*about.start, *row] for row in writer.greedy(sources, WRITTEN)]
-        found.append({"input_ids": given, "attention_mask": mask, "decoder_input_ids": np.array(written, np.int64)})
-    return found

@@ -24,7 +24,7 @@ from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint, sha256
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError
-from lightship.evaluation import divergence, golden, memory, pairs, parity, perplexity, replay
+from lightship.evaluation import divergence, golden, loss, memory, pairs, parity, perplexity, replay
 from lightship.evaluation.divergence import Batch, Reference
 from lightship.evaluation.pairs import PairTexts
 from lightship.evaluation.text import SPEED_REPEATS, Texts, cut
@@ -44,14 +44,16 @@ from lightship.work import Progress, Stage, Work, digest_of
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
 PER_TARGET = ("export", "gate export", "quantise", "gate", "served path")
 TARGET = "openvino"  # when the recipe names none
+COMPRESSED, REFERENCE = "compressed", "reference"  # after steps: what their result says, and what the original says
 
 
 Targets = Mapping[str, Precision]  # each with the precision as it carries that out, the preferred one first
 
 
-def stages(targets: Iterable[str], convert: bool = False) -> tuple[str, ...]:
-    """Every stage of a run, in order."""
-    return several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
+def stages(targets: Iterable[str], convert: bool = False, steps: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every stage of a run, in order; `steps`: those that come before, up to the checkpoint that is converted."""
+    found = several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
+    return (*steps, COMPRESSED, REFERENCE, *found[2:]) if steps else found
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Source:
-    """The original, and the tokens to gate, score and calibrate with."""
+    """The checkpoint to convert, the tokens to gate, score and calibrate with, and the original that all is compared
+    with in the end: the checkpoint itself, unless steps made it of another."""
 
     checkpoint: Checkpoint
     texts: Texts | PairTexts
+    original: Checkpoint
+
+
+@dataclass(frozen=True)
+class Lighter:
+    """What steps made of an original."""
+
+    original: Checkpoint
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
 class Gated:
-    """Runtime folders that passed every gate, by target, and what they came from."""
+    """Runtime folders that passed every gate, by target, what they came from, and what the original says."""
 
     source: Source
     original: Stage
@@ -133,30 +145,32 @@ def _by_target(evaluated: Stage) -> dict[str, list[Metric]]:
     return {target: several.metrics(found) for target, found in evaluated.result["targets"].items()}
 
 
-def build(recipe: Recipe, work: Work, targets: Targets) -> Built:
-    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails; of several
-    targets those that fail are left out, and said, as long as one passes."""
-    built = walk(recipe, work, targets)
+def build(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None = None) -> Built:
+    """From the source, or from what steps made of it, to all that a bundle is packed from. Raises `LimitExceeded` when
+    a gate fails; of several targets those that fail are left out, and said, as long as one passes."""
+    built = walk(recipe, work, targets, lighter)
     built.scored(recipe.kld_limit(), work.say)
     return built
 
 
-def walk(recipe: Recipe, work: Work, targets: Targets) -> Built:
+def walk(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None = None) -> Built:
     """As `build`, but a divergence above its limit on the scored text is no error."""
-    found = gated(recipe, work, targets)
+    found = gated(recipe, work, targets, lighter)
     return Built(found, _evaluate(recipe, work, found.source, found.folders, found.digests))
 
 
-def gated(recipe: Recipe, work: Work, targets: Targets) -> Gated:
-    """From the source to runtime folders that passed every gate; one at least."""
-    source = _read(recipe, work)
-    original = _original(work, source)
-    gate = divergence.reopen(original.folder)
+def gated(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None = None) -> Gated:
+    """From the source to runtime folders that passed every gate; one at least. The export must say what the checkpoint
+    says, the finished folder what the original says."""
+    source = _read(recipe, work) if lighter is None else _source(recipe, lighter.checkpoint, lighter.original)
+    exact = _original(work, source, "original" if lighter is None else COMPRESSED)
+    original = exact if lighter is None else _reference(work, source, exact)
+    same, gate = divergence.reopen(exact.folder), divergence.reopen(original.folder)
 
     def make(name: str) -> Runtime:
         run = Run(recipe.model_copy(update={"precision": targets[name]}), work, name)
         exported = _export(run, source.checkpoint)
-        first = _gate_export(run, source.checkpoint, exported, original, gate)
+        first = _gate_export(run, source.checkpoint, exported, exact, same)
         runtime = _quantise(run, exported, source.texts)
         others = _gate_candidate(run, runtime, original, gate), _gate_served(run, runtime, original, gate)
         return Runtime(runtime, (first, *others))
@@ -171,12 +185,16 @@ def _read(recipe: Recipe, work: Work) -> Source:
         raise UnsupportedError(f"{recipe.source} became a {checkpoint.kind}; adapters are merged into decoders only",
                                hint="merge it with PEFT and give the merged folder")  # fmt: skip
     work.say(f"{checkpoint.config.get('model_type')}, {checkpoint.weight_bytes / 1e6:.0f} MB of {checkpoint.dtype}")
+    return _source(recipe, checkpoint, checkpoint)
+
+
+def _source(recipe: Recipe, checkpoint: Checkpoint, original: Checkpoint) -> Source:
     texts = pairs.cut(recipe, checkpoint) if checkpoint.kind == "seq2seq" else cut(recipe, checkpoint)
-    return Source(checkpoint, texts)
+    return Source(checkpoint, texts, original)
 
 
-def _original(work: Work, source: Source) -> Stage:
-    """Record the original's log-probabilities on the gate's rows, then free it."""
+def _original(work: Work, source: Source, name: str = "original") -> Stage:
+    """Record the log-probabilities of the checkpoint that is converted on the gate's rows, then free it."""
 
     def make(folder: Path) -> None:
         original = find("targets", "pytorch").open_scorer(source.checkpoint.folder)
@@ -184,7 +202,18 @@ def _original(work: Work, source: Source) -> Stage:
         work.say(f"its own rounding moves log p by up to {found.rounding:.1e}")
 
     depends = {"checkpoint": source.checkpoint.digest(), "tokens": digest_of(source.texts.gate)}
-    return work.stage("original", depends, make)
+    return work.stage(name, depends, make)
+
+
+def _reference(work: Work, source: Source, exact: Stage) -> Stage:
+    """Record the original's own on the same rows, in the vocabulary that was kept."""
+
+    def make(folder: Path) -> None:
+        rows = divergence.reopen(exact.folder).batches
+        divergence.record(loss.original_scorer(source.original, source.checkpoint), rows, folder)
+        gc.collect()
+
+    return work.stage(REFERENCE, {"rows": exact.digest, "original": source.original.digest()}, make)
 
 
 def _export(run: Run, checkpoint: Checkpoint) -> Stage:
@@ -196,7 +225,7 @@ def _export(run: Run, checkpoint: Checkpoint) -> Stage:
 
 
 def _gate_export(run: Run, checkpoint: Checkpoint, exported: Stage, original: Stage, gate: Reference) -> Stage:
-    """Compare the export with the original, both computed exactly."""
+    """Compare the export with the checkpoint, both computed exactly."""
     name = run.recipe.precision.name
     rounded = name == "bf16" and checkpoint.dtype != "bfloat16"
     accepted = parse_accepts(run.recipe.accept).get("kld", 0.0)
@@ -283,7 +312,7 @@ def _evaluate(
     recipe: Recipe, work: Work, source: Source, runtimes: Mapping[str, Path], digests: Sequence[str]
 ) -> Stage:
     """Quality on held-out text; then speed and memory of original and candidates, a fresh process each."""
-    checkpoint, texts = source.checkpoint, source.texts
+    checkpoint, texts = source.original, source.texts
 
     def make(folder: Path) -> dict[str, Any]:
         metrics = _scored(source, runtimes, folder / "reference")
@@ -305,7 +334,7 @@ def _evaluate(
 def _scored(source: Source, runtimes: Mapping[str, Path], folder: Path) -> dict[str, list[Metric]]:
     """All models on held-out text, one after the other: no two are in memory together. What the original says lies in
     `folder` meanwhile."""
-    original = find("targets", "pytorch").open_scorer(source.checkpoint.folder)
+    original = loss.original_scorer(source.original, source.checkpoint)
     batches, text_bytes = source.texts.score_batches(original)
     scoring = divergence.record(original, batches, folder)
     del original
@@ -331,7 +360,7 @@ def _golden_cases(
 
     def answers(name: str, folder: Path, settings: EngineSettings) -> Any:
         opened = find("targets", name).open(folder, settings)
-        said = golden.run(cases, golden.answerer(opened, checkpoint))
+        said = golden.run(cases, golden.answerer(opened, Checkpoint(folder)))
         opened.close()
         gc.collect()
         return said
@@ -362,9 +391,9 @@ def seal(recipe: Recipe, work: Work, built: Built, targets: Targets, out: Path, 
     replay.write(divergence.reopen(gated.original.folder), content / "golden")
     left_out = {**gated.runtimes.failures, **scored.failures}
     precisions = {target: targets[target] for target in scored.made}
-    report = report_of(recipe, gated.source.checkpoint, gated.source.texts.describe, scored.made, left_out, precisions)
+    report = report_of(recipe, gated.source.original, gated.source.texts.describe, scored.made, left_out, precisions)
     write_papers(content, recipe, report)
-    bundle = pack(content, manifest_of(recipe, gated.source.checkpoint, out.name, list(scored.made)))
+    bundle = pack(content, manifest_of(recipe, gated.source.original, out.name, list(scored.made)))
     appear(bundle.folder, out)
     return Bundle.open(out)
 
@@ -373,9 +402,12 @@ def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Re
     """Measure the targets of `bundle` against the source that `recipe` names; returns that source too."""
     source = _read(recipe, work)
     runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
+    runtime = Checkpoint(runtimes[bundle.targets[0]])
+    if runtime.kept_tokens is not None:  # it reads the text in its own tokens
+        source = _source(recipe, runtime, source.original)
     found = _by_target(_evaluate(recipe, work, source, runtimes, [bundle.digest]))
     measured = {target: found[target] for target in runtimes}
-    return source.checkpoint, report_of(recipe, source.checkpoint, source.texts.describe, measured)
+    return source.original, report_of(recipe, source.original, source.texts.describe, measured)
 
 
 def replayed(bundle: Bundle, target: str) -> Metric:

@@ -143,7 +143,7 @@ def encoder_report(
 
 def _meta(recipe: Recipe, checkpoint: Checkpoint, text: dict[str, Any]) -> dict[str, Any]:
     return {
-        "title": f"{Path(recipe.source).name} → {recipe.precision.name}",
+        "title": " → ".join([Path(recipe.source).name, *(step.name for step in recipe.steps), recipe.precision.name]),
         "source": _origin(recipe, checkpoint),
         "precision": recipe.precision.model_dump(),
         "accepted": list(recipe.accept),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from lightship import costs, decoder_pipeline, encoder_costs, encoder_pipeline
+from lightship import compress_pipeline, costs, decoder_pipeline, encoder_costs, encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle
 from lightship.checkpoint import read_json, write_json
 from lightship.costs import Costs, Rates
@@ -96,7 +96,16 @@ def _inputs(recipe: Recipe, built: Built) -> str:
 def _built(asked: Settled, work: Work) -> Built:
     if asked.encoder:
         return encoder_pipeline.build(asked.recipe, work, tuple(asked.targets))
-    return decoder_pipeline.build(asked.recipe, work, asked.targets)
+    return decoder_pipeline.build(asked.recipe, work, asked.targets, _lighter(asked.recipe, work))
+
+
+def _lighter(recipe: Recipe, work: Work) -> decoder_pipeline.Lighter | None:
+    """What the steps of `recipe` make of its source; None where it has none."""
+    steps = compress_pipeline.steps_of(recipe)
+    if not steps:
+        return None
+    found = compress_pipeline.walk(recipe, steps, work)
+    return decoder_pipeline.Lighter(found.original, found.checkpoint)
 
 
 def _seal(asked: Settled, work: Work, built: Built, out: Path, folder: Path) -> Bundle:
@@ -122,8 +131,15 @@ class Settled:
     def stages(self, convert: bool = False) -> tuple[str, ...]:
         """The stages of the run; only the first target is converted."""
         targets = tuple(self.targets)[: 1 if convert else None]
-        stages = encoder_pipeline.stages if self.encoder else decoder_pipeline.stages
-        return stages(targets, convert)
+        if self.encoder:
+            return encoder_pipeline.stages(targets, convert)
+        return decoder_pipeline.stages(targets, convert, self.steps)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The stages that its steps have; none without any."""
+        steps = compress_pipeline.steps_of(self.recipe)
+        return compress_pipeline.stages(steps) if steps else ()
 
     def plan(self, stages: Sequence[str], out: Path, work: Path | None = None, done: Sequence[str] = ()) -> Plan:
         """What the run would need."""
@@ -152,6 +168,9 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     seen = first_look(recipe, peek)
     kind = "decoder" if seen.config is None else kind_of(seen.config)
     if kind not in GENERATORS:
+        if recipe.steps:
+            raise UnsupportedError("the steps of a recipe are for models that generate",
+                                   hint="`lightship compress` the encoder, then ship what it makes")  # fmt: skip
         encoders = encoder_pipeline.targets_of(recipe, progress)
         check_packages(encoders)
         return Settled(recipe, dict.fromkeys(encoders, recipe.precision), True, seen)
@@ -227,7 +246,7 @@ def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
     recipe, seen, names = asked.recipe, asked.seen, asked.stages()
     if seen.file is None or not any(folder.glob(f"*/{DONE}")):
         return ()
-    survey = Survey(folder, names, silent, needed=("read",))
+    survey = Survey(folder, names, silent, needed=("read", *asked.steps))
     here = recipe
     if seen.file is not None and seen.config is not None:  # of a hub model the copy in the cache: nothing is fetched
         here = recipe.model_copy(update={"source": str(seen.file.parent), "revision": None})
@@ -235,9 +254,9 @@ def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
         if asked.encoder:
             built: Built = encoder_pipeline.build(here, survey, tuple(asked.targets))
         else:
-            built = decoder_pipeline.walk(here, survey, asked.targets)
+            built = decoder_pipeline.walk(here, survey, asked.targets, _lighter(here, survey))
     except NotMade:
-        return ()
+        return tuple(survey.found)
     made = folder / MADE
     packed = built.evaluated.found and made.is_file() and (out / MANIFEST).is_file()
     if packed and read_json(made) == {"inputs": _inputs(recipe, built), "bundle": Bundle.open(out).digest}:
@@ -299,7 +318,8 @@ def convert(
         if asked.encoder:
             runtime = encoder_pipeline.gated(asked.recipe, work, (first,)).runtime(first)
         else:
-            runtime = decoder_pipeline.gated(asked.recipe, work, asked.targets).folders[first]
+            lighter = _lighter(asked.recipe, work)
+            runtime = decoder_pipeline.gated(asked.recipe, work, asked.targets, lighter).folders[first]
         appear(runtime, out)
     return out
 

@@ -286,6 +286,8 @@ def plan(
     unmeasured = [target for target in recipe.targets if target not in MEASURED]
     if seen.shape is not None and unmeasured:
         reason = f"the target {unmeasured[0]} has not been measured"
+    elif seen.shape is not None and recipe.steps:
+        reason = "what steps take has not been measured"
     elif seen.shape is not None and recipe.precision.gptq:
         reason = "gptq has not been measured"
     elif isinstance(seen.shape, Shape) and "onnx" in recipe.targets and recipe.precision.arithmetic == "f32":

@@ -129,7 +129,8 @@ class Recipe(_Data):
         """The run's name."""
         source = Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
         other = "" if self.targets in ((), ("openvino",)) else f"-{'-'.join(self.targets)}"
-        return self.name or f"{source}-{self.precision.name}{other}"
+        steps = "".join(f"-{step.name}" for step in self.steps)
+        return self.name or f"{source}{steps}-{self.precision.name}{other}"
 
     def kld_limit(self) -> float:
         """The limit on mean KLD: an accepted one, else that of the steps, else the default."""

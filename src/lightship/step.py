@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint, save
-from lightship.errors import LightshipError, UsageError
+from lightship.errors import LightshipError, UnsupportedError, UsageError
 from lightship.find import find
+from lightship.machine import memory_available
+from lightship.preflight import gigabytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +49,8 @@ class Step(BaseModel, ABC):
     """The base of every step. A subclass has its options as fields and says in `change` what it does to a model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    serves: ClassVar[Literal["memory", "compute", "nothing"]] = "nothing"  # which need it answers
+    trial: ClassVar[Mapping[str, Any]] = {}  # the options with which `advise` tries it; without any it does not
 
     def refuse(self, config: Mapping[str, Any]) -> None:
         """Raise `UnsupportedError` for a model that this step cannot change, as far as its `config.json` tells: asked
@@ -55,6 +59,15 @@ class Step(BaseModel, ABC):
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again."""
         return 2 * sum_of_parameters(checkpoint) * 4
+
+    def check_memory(self, checkpoint: Checkpoint) -> None:
+        """Raise `UnsupportedError` where the step needs more memory than there is."""
+        needed, available = self.predicted_bytes(checkpoint), memory_available()
+        if needed > available:
+            raise UnsupportedError(
+                f"the step {self.name()} needs about {gigabytes(needed)} of memory, {gigabytes(available)} available",
+                hint="free some, or go on with --ignore-shortage: a prediction can be wrong",
+            )
 
     @abstractmethod
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import click
 
 from lightship.errors import LightshipError
 
-VERBS = ("ship", "init", "run", "compress", "convert", "evaluate", "check", "tune", "serve", "reload", "rollback",
-         "keys", "chat", "bench", "show", "list", "doctor", "demo", "completion")  # fmt: skip
+VERBS = ("ship", "init", "run", "advise", "compress", "convert", "evaluate", "check", "tune", "serve", "reload",
+         "rollback", "keys", "chat", "bench", "show", "list", "doctor", "demo", "completion")  # fmt: skip
 
 
 class Verbs(click.Group):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
@@ -26,18 +25,9 @@ from lightship.kind import GENERATORS
 from lightship.recipe import Recipe
 from lightship.report import Metric
 from lightship.seq2seq import Seq2Seq
-from lightship.template import load_template
 
 ENCODER_ROWS = {"quick": 64, "full": 256}
 BYTES = "bytes.json"
-
-
-def scoring_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
-    """The text of `recipe`, of which a part is scored."""
-    path = Path(recipe.text) if recipe.text else None
-    if checkpoint.kind == "seq2seq" and path is not None and path.suffix == ".jsonl":
-        path = None  # pairs: their targets are scored whole, and calibrate nothing
-    return open_text(str(path) if path else None, load_template(checkpoint.folder))
 
 
 def record(recipe: Recipe, original: Checkpoint, through: Checkpoint, folder: Path) -> None:

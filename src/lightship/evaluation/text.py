@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightship.calibration import Encode, Passages, Text, calibration_set, default_text, read_text, render_with
+from lightship.calibration import Encode, Passages, Text, default_text, paragraph_keys, read_text, render_with
 from lightship.checkpoint import Checkpoint
 from lightship.costs import Amount
 from lightship.errors import UsageError
@@ -73,14 +73,15 @@ def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:
     encode, start = tokeniser(checkpoint)
     if recipe.golden is not None:
         golden.read_cases(Path(recipe.golden))
-    text = open_text(recipe.text, load_template(checkpoint.folder))
+    template = load_template(checkpoint.folder)
+    text = open_text(recipe.text, template)
     context = checkpoint.context_length
     length = min(CHUNK, context)
     score = scoring_set(text, encode, length, CHUNKS[recipe.evaluate], start=start)
     gate = scoring_set(default_text(), encode, min(parity.LONG, context), 1, start=start).sequences[0]
     calibrate = None
     if recipe.precision.data_aware:
-        calibrate = calibration_set(text, encode, length, CALIBRATION_ROWS, start=start)
+        calibrate = calibration_text(recipe, text, template).encode(encode, length, CALIBRATION_ROWS, start=start)
     describe = {
         "name": score.name,
         "default_only": text.default,
@@ -114,6 +115,23 @@ def open_text(path: str | None, template: ChatTemplate | None) -> Text:
         return render_with(template.render)(messages)
 
     return read_text(Path(path), render)
+
+
+def calibration_text(recipe: Recipe, text: Text, template: ChatTemplate | None) -> Text:
+    """What may be calibrated on: the file that `recipe` names, else the part of `text` that is not scored. Raises
+    `UsageError` where that file shares paragraphs with what is scored."""
+    if recipe.calibrate is None:
+        return text.split()[0]
+    given = open_text(recipe.calibrate, template)
+    scored = {key for document in text.split()[1].documents for key in paragraph_keys(document.text)}
+    shared = [key for document in given.documents for key in paragraph_keys(document.text) if key in scored]
+    if shared:
+        raise UsageError(
+            f"{recipe.calibrate} shares {len(shared)} paragraphs with the text that is scored, such as "
+            f"{shared[0][:60]!r}; what calibrates must not score",
+            hint="leave them out of one of both, or leave --calibrate out: a part of the text then calibrates",
+        )
+    return given
 
 
 def scoring_set(text: Text, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:

@@ -1,0 +1,51 @@
+"""A recipe with steps, all the way to a bundle: the export must say what the lighter checkpoint says, the bundle is
+measured against the original."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightship.bundle import Bundle
+from lightship.compression.magnitude import Magnitude
+from lightship.errors import LimitExceeded, UnsupportedError
+from lightship.pipeline import convert, plan_run, run, ship
+from lightship.recipe import Precision, Recipe
+from tests.tiny import tiny_encoder, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("small") / "llama", max_position_embeddings=128)
+
+
+def recipe(source, sparsity=0.1, **given):
+    steps = [{"magnitude": {"sparsity": sparsity}}]
+    return Recipe(source=str(source.folder), steps=steps, precision=Precision(name="fp32"), **given)
+
+
+def test_from_recipe_to_bundle_and_back(small, tmp_path, monkeypatch):
+    asked = recipe(small, limits={"kld": 0.5}, out=str(tmp_path / "bundle"))
+    bundle = run(asked, runs=tmp_path / "runs")
+    figures = {metric.name: metric.value for metric in bundle.report.metrics}
+    assert figures["export_kld"] < 1e-6 < 1e-3 < figures["gate_kld"], "exact export, and the loss of the step"
+    assert figures["kld"] == pytest.approx(figures["gate_kld"], rel=1) and figures["flips"] > 0
+    assert bundle.manifest["source"]["digest"] == small.digest()
+    assert bundle.report.meta["title"] == "llama → magnitude → fp32"
+    assert all(step.done for step in plan_run(asked, runs=tmp_path / "runs").steps)
+    monkeypatch.setattr(Magnitude, "change", lambda *given: pytest.fail("the step was done before"))
+    assert run(asked, runs=tmp_path / "runs").digest == bundle.digest
+    assert Bundle.open(bundle.folder).digest == bundle.digest
+
+
+def test_limits_hold_after_the_step_and_at_the_end(small, tmp_path):
+    with pytest.raises(LimitExceeded, match="step 1 magnitude: kld"):
+        convert(recipe(small, 0.5, limits={"kld": 0.01}), tmp_path / "runtime")
+    with pytest.raises(LimitExceeded, match="gate openvino"):  # without limits the default of the precision holds
+        convert(recipe(small, 0.5), tmp_path / "runtime")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_is_compressed_first(tmp_path):
+    encoder = tiny_encoder(tmp_path / "bert", "BertForSequenceClassification")
+    with pytest.raises(UnsupportedError, match="steps of a recipe are for models that generate"):
+        ship(recipe(encoder), tmp_path / "bundle")
