@@ -155,25 +155,23 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False) -> list[Di
     def draft(best: Candidate) -> list[Candidate]:
         return [best.with_(draft_tokens=count, prompt_lookup=0) for count in (3, 5, 8)] if drafted else []
 
+    # Integer activations pay in float32 only, and there most of all. Other arithmetic changes the answer, and with it
+    # how much of it is proposed: it is settled before.
     arithmetic: list[tuple[str, Dimension]] = [
-        ("kv_precision", kv_precision),
-        ("dynamic_quantisation_group", activations),
-    ]
-    order: list[tuple[str, Dimension]] = [
-        ("max_batched_tokens", budget), ("max_batched_tokens", budget), ("threads", threads),
-        ("max_num_seqs", sequences), ("prefix_cache", prefix_cache),
+        ("inference_precision", precision), ("dynamic_quantisation_group", activations), ("kv_precision", kv_precision),
     ]  # fmt: skip
-    # Other arithmetic changes the answer, and with it how much of it is proposed: it is settled before.
-    rest = (
-        [*arithmetic, ("prompt_lookup", lookup), ("draft_tokens", draft), *order]
-        if load.task == "copy" or drafted
-        else [*order[:3], *arithmetic, *order[3:]]
-    )
+    proposing: list[tuple[str, Dimension]] = [("prompt_lookup", lookup), ("draft_tokens", draft)]
+    sizes: list[tuple[str, Dimension]] = [
+        ("max_batched_tokens", budget), ("max_batched_tokens", budget), ("threads", threads),
+    ]  # fmt: skip
+    others: list[tuple[str, Dimension]] = [("max_num_seqs", sequences), ("prefix_cache", prefix_cache)]
 
     def heeded(name: str, dimension: Dimension) -> Dimension:
         return lambda best: dimension(best) if name in _tunable(best.target) else []
 
-    return [targets, *(heeded(name, dimension) for name, dimension in (("inference_precision", precision), *rest))]
+    first = [heeded(name, dimension) for name, dimension in (*arithmetic, *proposing, *sizes, *others)]
+    # Another target comes when the first has its best arithmetic: compared with its defaults it would win too early.
+    return [*first, targets, *(heeded(name, dimension) for name, dimension in (*proposing, *sizes))]
 
 
 def _tunable(target: str) -> Sequence[str]:
