@@ -142,6 +142,15 @@ def test_each_target_is_tried_with_what_it_heeds(both):
     assert every.index(other) > 3, "the first target has its best arithmetic before another is compared with it"
 
 
+def test_only_what_is_named_is_tried(both):
+    (arithmetic,) = dimensions(both, LOAD, only=["dynamic_quantisation_group"])
+    assert {name for each in arithmetic(START) for name in changed(each.settings)} == {"dynamic_quantisation_group"}
+    (other,) = dimensions(both, LOAD, only=["target"])
+    assert changes_target(other)
+    with pytest.raises(UsageError, match="tempo is nothing that is tried"):
+        dimensions(both, LOAD, only=["tempo"])
+
+
 @pytest.mark.parametrize("fastest", ["openvino", "onnx"])
 def test_a_search_offers_no_target_what_it_refuses(both, monkeypatch, fastest):
     """The whole of it, whoever is ahead when a dimension has its turn. Nothing is measured: every step is a gain."""
