@@ -13,15 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.load import Load, Run
+from lightship import tuning
 from lightship.bundle import Bundle
 from lightship.calibration import default_text
+from lightship.engine import EngineSettings
 from lightship.evaluation.memory import pss_bytes, tree
 from lightship.serving.server import wait_ready
 from lightship.tokenizer import load_tokenizer
@@ -58,6 +60,16 @@ def masked(isa: str | None) -> str:
         return ""
     os.environ["ONEDNN_MAX_CPU_ISA"] = isa
     return f" --isa {isa}"
+
+
+def tuned(bundle: Bundle) -> tuple[EngineSettings, str]:
+    """The settings that `lightship serve` will take from the file beside the bundle, and what to say of them."""
+    found = tuning.choose(bundle.folder, bundle.digest, bundle.targets, None, None)
+    if found.entry is None or found.entry.target != "openvino":
+        raise SystemExit(f"nothing was tuned here for {bundle.folder} on openvino: run `lightship tune` first")
+    entry = found.entry
+    said = f"{tuning.label(entry.target, entry.settings)}, tuned for {entry.workload.said()}"
+    return entry.settings.on(EngineSettings()), said
 
 
 @contextlib.contextmanager
@@ -98,15 +110,17 @@ def generate(url: str, load: Path, *options: str) -> Run:
 
 
 class Arms:
-    """Both arms with one load; their files lie in `folder`."""
+    """Both arms with one load; their files lie in `folder`. `settings`: what was `tuned` for the bundle here; None for
+    the defaults."""
 
-    def __init__(self, bundle: Bundle, folder: Path, load: Load) -> None:
-        self.bundle, self.load = bundle, load
+    def __init__(self, bundle: Bundle, folder: Path, load: Load, settings: EngineSettings | None = None) -> None:
+        self.bundle, self.load, self._settings = bundle, load, settings
         self._file, self._recorded = load.write(folder / "load.json"), folder / "recorded"
 
     def served(self, port: int, *options: str) -> Served:
         """Through `lightship serve`."""
-        with server(self.bundle.folder, port, "--untuned", *options) as (url, pid, ready):
+        options = options if self._settings else ("--untuned", *options)
+        with server(self.bundle.folder, port, *options) as (url, pid, ready):
             generate(url, self._file, "--warm")
             size = sum(map(pss_bytes, tree(pid)))
             run = generate(url, self._file, "--record", str(self._recorded))
@@ -116,6 +130,7 @@ class Arms:
         """The bare pipeline, while the generator drains a stub at the pace of the run `like`."""
         pace = ["--first", str(like.middle("ttft")), "--each", str(like.middle("tpot"))]
         bare = ["benchmarks.inprocess", str(self.bundle.target_folder("openvino")), str(self._file)]
+        bare += ["--settings", json.dumps(asdict(self._settings))] if self._settings else []
         with (
             started(["benchmarks.stub", str(self._recorded), *pace], stdout=subprocess.PIPE) as replaying,
             started(bare, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as pipeline,

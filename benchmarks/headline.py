@@ -16,11 +16,12 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.arms import ISAS, Arms, masked, pieces, tokens_of
+from benchmarks.arms import ISAS, Arms, masked, pieces, tokens_of, tuned
 from benchmarks.load import Load, Run
 from benchmarks.page import put, section, table
 from lightship.bench.schedule import poisson
 from lightship.bundle import Bundle
+from lightship.engine import EngineSettings
 
 SHARED, OWN, OUT = 1000, 500, 100  # tokens
 SHARE = 0.9  # of the requests must meet both limits
@@ -34,8 +35,11 @@ Pair = tuple[Run, Run]  # through the server, and on the bare pipeline
 class Ground:
     """A bundle, and what was found at each rate: place p on the scale is `STEP`^p requests a second."""
 
-    def __init__(self, bundle: Bundle, count: int, ttft: float, tpot: float, port: int) -> None:
+    def __init__(
+        self, bundle: Bundle, count: int, ttft: float, tpot: float, port: int, settings: EngineSettings | None
+    ) -> None:
         self.bundle, self.count, self.ttft, self.tpot, self._port = bundle, count, ttft, tpot, port
+        self._settings = settings
         self._ids = tokens_of(bundle)
         self.tried: dict[int, Pair] = {}
 
@@ -65,7 +69,7 @@ class Ground:
 
     def _measure(self, place: int) -> Pair:
         with tempfile.TemporaryDirectory() as name:
-            arms = Arms(self.bundle, Path(name), self._load(place))
+            arms = Arms(self.bundle, Path(name), self._load(place), self._settings)
             self._port += 1
             served = arms.served(self._port).run
             pair = served, arms.in_process(served)
@@ -119,20 +123,22 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=0.3, help="requests a second to begin at")
     parser.add_argument("--ttft", type=float, default=3.0, help="seconds")
     parser.add_argument("--tpot", type=float, default=0.25, help="seconds")
+    parser.add_argument("--tuned", action="store_true", help="with what `lightship tune` found for the bundles")
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     parser.add_argument("--port", type=int, default=19_100)
     asked = parser.parse_args()
-    name = section("headline" + masked(asked.isa))
+    name = section("headline" + " --tuned" * asked.tuned + masked(asked.isa))
     rows = [["bundle, requests/s", "served within limits", "TTFT p90, s", "TPOT p90, ms", "bare within limits",
              "TTFT p90, s", "TPOT p90, ms"]]  # fmt: skip
     said = []
     for place, precision in enumerate(asked.precision):
         bundle = made(asked.folder, precision)
-        ground = Ground(bundle, asked.requests, asked.ttft, asked.tpot, asked.port + 100 * place)
+        settings, engine = tuned(bundle) if asked.tuned else (None, "untuned")
+        ground = Ground(bundle, asked.requests, asked.ttft, asked.tpot, asked.port + 100 * place, settings)
         for arm in (0, 1):
             ground.search(arm, round(math.log(asked.start, STEP)))
         rows += ground.rows()
-        said.append(ground.said())
+        said.append(f"{ground.said()} ({engine})")
     put(
         name,
         f"{table(rows)}\n\n{asked.requests} requests at each rate; limits TTFT ≤ {asked.ttft:g} s, TPOT ≤ "

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,12 @@ class Request:
 
 
 class Bare:
-    """The pipeline, with the settings that `lightship serve` has by default."""
+    """The pipeline, with the settings that `lightship serve` has by default, or with what was tuned."""
 
-    def __init__(self, folder: Path, new_tokens: int) -> None:
+    def __init__(self, folder: Path, new_tokens: int, settings: EngineSettings) -> None:
         import openvino_genai as genai
 
-        settings = EngineSettings(threads=places()[0].threads)
+        settings = replace(settings, threads=settings.threads or places()[0].threads)
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = settings.kv_cache_gb
         scheduler.max_num_seqs = settings.max_num_seqs
@@ -120,9 +120,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inprocess", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("load", type=Path, help="a `benchmarks.load.Load`")
+    parser.add_argument("--settings", type=json.loads, default={}, help="an `EngineSettings` as JSON")
     asked = parser.parse_args()
     load = Load.read(asked.load)
-    bare = Bare(asked.folder, load.new)
+    bare = Bare(asked.folder, load.new, EngineSettings(**asked.settings))
     run(bare, load.warming)  # prompts that are not measured
     print("ready", flush=True)
     sys.stdin.readline()

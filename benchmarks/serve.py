@@ -10,21 +10,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.arms import ISAS, Arms, Served, masked, pieces, tokens_of
+from benchmarks.arms import ISAS, Arms, Served, masked, pieces, tokens_of, tuned
 from benchmarks.load import Load, Run
 from benchmarks.page import put, section, spread, table
 from lightship.bundle import Bundle
+from lightship.engine import EngineSettings
 
 IN, OUT = 200, 64
 REQUESTS = {1: 24, 16: 96, 64: 192}  # measured, for so many clients
 
 
-def compared(bundle: Bundle, clients: int, repeats: int, port: int) -> tuple[list[str], list[Served]]:
+def compared(
+    bundle: Bundle, clients: int, repeats: int, port: int, settings: EngineSettings | None
+) -> tuple[list[str], list[Served]]:
     """A row of the table, and the runs of the server."""
     served, bare = list[Served](), list[Run]()
     rows = pieces(tokens_of(bundle), IN, clients + REQUESTS[clients])
     with tempfile.TemporaryDirectory() as name:
-        arms = Arms(bundle, Path(name), Load(rows[:clients], rows[clients:], OUT, clients))
+        arms = Arms(bundle, Path(name), Load(rows[:clients], rows[clients:], OUT, clients), settings)
         for repeat in range(repeats):
             served.append(arms.served(port + repeat))
             bare.append(arms.in_process(served[-1].run))
@@ -49,25 +52,27 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", default=Path("bundles/demo-int8"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clients", type=int, nargs="+", choices=REQUESTS, default=list(REQUESTS))
+    parser.add_argument("--tuned", action="store_true", help="with what `lightship tune` found for the bundle")
     parser.add_argument("--isa", choices=ISAS, help="the newest instructions that oneDNN may use")
     parser.add_argument("--port", type=int, default=18_100)
     asked = parser.parse_args()
-    name = section("serve" + masked(asked.isa))
+    name = section("serve" + " --tuned" * asked.tuned + masked(asked.isa))
     bundle = Bundle.open(asked.bundle)
+    settings, said = tuned(bundle) if asked.tuned else (None, "untuned")
     rows = [["clients", "tokens/s served", "in process", "ratio", "TTFT p50 served, ms", "in process", "difference",
              "TPOT p50 served, ms", "in process"]]  # fmt: skip
     served = list[Served]()
     for clients in asked.clients:
-        row, found = compared(bundle, clients, asked.repeats, asked.port + 100 * clients)
+        row, found = compared(bundle, clients, asked.repeats, asked.port + 100 * clients, settings)
         rows.append(row)
         served += found if clients == asked.clients[0] else []  # many requests fill the KV cache up to its own limit
     sizes = [one.memory / 1e6 for one in served]
     own = bundle.size_bytes / 1e6
     put(
         name,
-        f"{table(rows)}\n\n{IN} tokens in, {OUT} out, greedy; median (range) of {asked.repeats} pairs. Ready after "
-        f"{spread([one.ready for one in served])} s (n = {len(served)}). Memory of all processes after one request a "
-        f"client (PSS; {asked.clients[0]} client): {spread(sizes, '.0f')} MB, that is the bundle's {own:.0f} MB + "
+        f"{table(rows)}\n\nEngine: {said}. {IN} tokens in, {OUT} out, greedy; median (range) of {asked.repeats} pairs. "
+        f"Ready after {spread([one.ready for one in served])} s (n = {len(served)}). Memory of all processes after one "
+        f"request a client (PSS; {asked.clients[0]} client): {spread(sizes, '.0f')} MB, the bundle's {own:.0f} MB and "
         f"{spread([size - own for size in sizes], '.0f')} MB; the KV cache then grows with use up to its limit "
         "(1 GiB by default).",
     )

@@ -84,10 +84,11 @@ def main() -> None:
     for weights in ("int8", "bf16"):
         bundle = made(asked.folder, weights)
         size = (bundle.target_folder("openvino") / "openvino_model.bin").stat().st_size
-        for arithmetic in (None, "f32", "bf16"):
+        for arithmetic, group in ((None, None), ("f32", None), ("f32", 32), ("bf16", None)):
             if weights != "bf16" or arithmetic is None:
-                settings = EngineSettings(inference_precision=arithmetic)
-                arms[f"lightship {weights}, {arithmetic or 'default'} arithmetic"] = ours(bundle, settings), size
+                settings = EngineSettings(inference_precision=arithmetic, dynamic_quantisation_group=group)
+                said = f"{arithmetic or 'default'} arithmetic" + (f", activations in int8 by {group}" if group else "")
+                arms[f"lightship {weights}, {said}"] = ours(bundle, settings), size
     program = asked.llama / "bin" / "llama-bench"
     missing = ""
     if asked.isa is not None:

@@ -127,12 +127,28 @@ def changed(settings):
     return {name for name, value in settings if value != dict(Chosen())[name]}
 
 
+def changes_target(dimension):
+    return {candidate.target for candidate in dimension(START)} == {"onnx"}
+
+
 def test_each_target_is_tried_with_what_it_heeds(both):
     """ONNX Runtime has no precision to choose, and no prompt lookup."""
-    first, *rest = dimensions(both, LOAD.model_copy(update={"task": "copy"}))
-    assert first(START) == [Candidate("onnx", Chosen())]
-    found = [candidate.settings for dimension in rest for candidate in dimension(Candidate("onnx", Chosen()))]
+    every = dimensions(both, LOAD.model_copy(update={"task": "copy"}))
+    (other,) = filter(changes_target, every)
+    assert other(START) == [Candidate("onnx", Chosen())]
+    found = [candidate.settings for dimension in every if dimension is not other
+             for candidate in dimension(Candidate("onnx", Chosen()))]  # fmt: skip
     assert set.union(*map(changed, found)) == {"threads", "max_batched_tokens"}
+    assert every.index(other) > 3, "the first target has its best arithmetic before another is compared with it"
+
+
+def test_only_what_is_named_is_tried(both):
+    (arithmetic,) = dimensions(both, LOAD, only=["dynamic_quantisation_group"])
+    assert {name for each in arithmetic(START) for name in changed(each.settings)} == {"dynamic_quantisation_group"}
+    (other,) = dimensions(both, LOAD, only=["target"])
+    assert changes_target(other)
+    with pytest.raises(UsageError, match="tempo is nothing that is tried"):
+        dimensions(both, LOAD, only=["tempo"])
 
 
 @pytest.mark.parametrize("fastest", ["openvino", "onnx"])
@@ -157,13 +173,14 @@ def test_a_search_offers_no_target_what_it_refuses(both, monkeypatch, fastest):
     for row in found.rows:
         assert changed(row.settings) <= set(find("targets", row.target).TUNABLE), row.label
     tried = {name for row in found.rows for name in changed(row.settings)}
-    assert ("prompt_lookup" in tried) == (fastest == "openvino")
+    assert {"prompt_lookup", "threads", "max_batched_tokens"} <= tried
+    assert any(row.target == "onnx" and changed(row.settings) for row in found.rows) == (fastest == "onnx")
 
 
 def test_the_other_target_is_measured_and_served(both, monkeypatch):
     """Speed is seeded at the end, so that the other one wins; figures and quality of both are real."""
     real = Processes.load
-    monkeypatch.setattr(tune_pipeline, "dimensions", lambda *given: dimensions(*given)[:1])
+    monkeypatch.setattr(tune_pipeline, "dimensions", lambda *given: list(filter(changes_target, dimensions(*given))))
     monkeypatch.setattr("lightship.search.settings.DROP", 0.0)  # who is slow here has its figures too
     monkeypatch.setattr(tune_pipeline, "SECONDS", 0.5)
     measured = []

@@ -26,7 +26,7 @@ from lightship.errors import EngineError, LimitExceeded, UnsupportedError, Usage
 from lightship.evaluation import workload
 from lightship.find import find
 from lightship.machine import cpu_quota, machine
-from lightship.search.settings import Candidate, Dimension, Failed, Judgement, Search
+from lightship.search.settings import FINAL_SHARE, Candidate, Dimension, Failed, Judgement, Search
 from lightship.tuning import Chosen, Entry, Figures, Row, Workload
 
 SECONDS = 8.0  # that a run should take at least, so that noise does not decide
@@ -42,12 +42,13 @@ def tune(
     *,
     draft: Bundle | None = None,
     budget: float = 600.0,
+    only: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Entry:
     """Find the best settings of the bundle's engine on this machine under `load`, and write them next to the bundle.
 
     `draft`: what `open_draft` opened; whether it pays, and with how many tokens, is tried too. `budget`: seconds to
-    search for; a run that began is ended, so it may take a little longer.
+    search for; a run that began is ended, so it may take a little longer. `only`: the settings to try, all by default.
 
     Raises `UnsupportedError` for encoders and a draft that does not fit, `LimitExceeded` when the bundle breaks its own
     limit here with its defaults.
@@ -68,7 +69,7 @@ def tune(
         trials,
         budget,
         start,
-        dimensions(bundle, load, draft is not None),
+        dimensions(bundle, load, draft is not None, only),
         {str(name): value for name, value in load.limits.items()},
         progress,
     )
@@ -83,6 +84,10 @@ def tune(
     entry = _entry(trials, winner, base, list(search.rows.values()), time.monotonic() - began)
     if draft is not None and entry.draft is None:
         progress("the draft was not measured: this says nothing about serving with it")
+    if skipped := sum(row.verdict.startswith("not measured") for row in entry.rows):
+        minutes = math.ceil((skipped + 1) * trials.longest / (1 - FINAL_SHARE) / 60 + budget / 60)
+        progress(f"{skipped} candidates are not measured, a run takes {trials.longest:.0f} s here: give about --budget "
+                 f"{minutes}, or name with --only what to try")  # fmt: skip
     progress(f"written to {tuning.write(folder, entry)}")
     return entry
 
@@ -104,9 +109,9 @@ def _entry(trials: Processes, winner: Row, base: Row, rows: list[Row], seconds: 
 # ── What is tried ───────────────────────────────────────────────────────────
 
 
-def dimensions(bundle: Bundle, load: Workload, drafted: bool = False) -> list[Dimension]:
+def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequence[str] = ()) -> list[Dimension]:
     """What to change, in the order of what usually matters most. A target names in TUNABLE what it heeds. `drafted`:
-    there is a draft."""
+    there is a draft. `only`: names of settings, or `target`; all where it is empty."""
     recorded = {target: _recorded(bundle.target_folder(target)) for target in bundle.targets}
     here = machine()
     bf16 = any(feature in here["features"] for feature in BF16)
@@ -155,25 +160,26 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False) -> list[Di
     def draft(best: Candidate) -> list[Candidate]:
         return [best.with_(draft_tokens=count, prompt_lookup=0) for count in (3, 5, 8)] if drafted else []
 
+    # Integer activations pay in float32 only, and there most of all. Other arithmetic changes the answer, and with it
+    # how much of it is proposed: it is settled before.
     arithmetic: list[tuple[str, Dimension]] = [
-        ("kv_precision", kv_precision),
-        ("dynamic_quantisation_group", activations),
-    ]
-    order: list[tuple[str, Dimension]] = [
-        ("max_batched_tokens", budget), ("max_batched_tokens", budget), ("threads", threads),
-        ("max_num_seqs", sequences), ("prefix_cache", prefix_cache),
+        ("inference_precision", precision), ("dynamic_quantisation_group", activations), ("kv_precision", kv_precision),
     ]  # fmt: skip
-    # Other arithmetic changes the answer, and with it how much of it is proposed: it is settled before.
-    rest = (
-        [*arithmetic, ("prompt_lookup", lookup), ("draft_tokens", draft), *order]
-        if load.task == "copy" or drafted
-        else [*order[:3], *arithmetic, *order[3:]]
-    )
+    proposing: list[tuple[str, Dimension]] = [("prompt_lookup", lookup), ("draft_tokens", draft)]
+    sizes: list[tuple[str, Dimension]] = [
+        ("max_batched_tokens", budget), ("max_batched_tokens", budget), ("threads", threads),
+    ]  # fmt: skip
+    others: list[tuple[str, Dimension]] = [("max_num_seqs", sequences), ("prefix_cache", prefix_cache)]
 
     def heeded(name: str, dimension: Dimension) -> Dimension:
-        return lambda best: dimension(best) if name in _tunable(best.target) else []
+        return lambda best: dimension(best) if name in ("target", *_tunable(best.target)) else []
 
-    return [targets, *(heeded(name, dimension) for name, dimension in (("inference_precision", precision), *rest))]
+    # Another target comes when the first has its best arithmetic: compared with its defaults it would win too early.
+    every = [*arithmetic, *proposing, *sizes, *others, ("target", targets), *proposing, *sizes]
+    if unknown := set(only) - {name for name, _ in every}:
+        raise UsageError(f"{', '.join(sorted(unknown))} is nothing that is tried",
+                         hint=f"known are {', '.join(dict.fromkeys(name for name, _ in every))}")  # fmt: skip
+    return [heeded(name, dimension) for name, dimension in every if not only or name in only]
 
 
 def _tunable(target: str) -> Sequence[str]:

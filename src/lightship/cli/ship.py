@@ -34,3 +34,5 @@ def command(
         return
     click.echo(bundle.report.to_markdown())
     click.echo(f"bundle: {folder}  ({bundle.size_bytes / 1e6:.0f} MB, digest {bundle.digest[:16]})")
+    if bundle.kind == "decoder":
+        click.echo(f"next: lightship serve {folder}; faster settings: lightship tune {folder} --clients N …", err=True)

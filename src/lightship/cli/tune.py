@@ -25,6 +25,7 @@ from lightship.cli.display import stages
 )
 @click.option("--kv-cache", default=1, show_default=True, type=click.IntRange(1, 1024), help="GiB, as of serve.")
 @click.option("--budget", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Minutes.")
+@click.option("--only", multiple=True, metavar="SETTING", help="Try this setting; several may be named (default: all).")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(
     bundle: str,
@@ -37,6 +38,7 @@ def command(
     draft: str | None,
     kv_cache: int,
     budget: float,
+    only: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Measure engine settings for BUNDLE on this machine, and write the best, with the whole table, to a file next to
@@ -51,5 +53,5 @@ def command(
     })  # fmt: skip
     with stages() as progress:
         opened = None if draft is None else open_draft(draft)
-        entry = tune(Path(bundle), load, draft=opened, budget=60 * budget, progress=progress)
+        entry = tune(Path(bundle), load, draft=opened, budget=60 * budget, only=only, progress=progress)
     click.echo(entry.model_dump_json(indent=1) if as_json else to_markdown(entry))
