@@ -43,6 +43,7 @@ from lightship.work import Progress, Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
 PER_TARGET = ("export", "gate export", "quantise", "gate", "served path")
+UNSERVED = PER_TARGET[:-1]  # of a target without an engine: what serves its files is another program
 TARGET = "openvino"  # when the recipe names none
 
 
@@ -51,7 +52,13 @@ Targets = Mapping[str, Precision]  # each with the precision as it carries that 
 
 def stages(targets: Iterable[str], convert: bool = False) -> tuple[str, ...]:
     """Every stage of a run, in order."""
-    return several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
+    each = {name: PER_TARGET if serves(find("targets", name)) else UNSERVED for name in targets}
+    return several.stages(each, () if convert else ("evaluate", "pack"))
+
+
+def serves(target: ModuleType) -> bool:
+    """Whether `target` has an engine here, so that what it makes can be shipped and its served path gated."""
+    return hasattr(target, "open")
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,12 @@ def gated(recipe: Recipe, work: Work, targets: Targets) -> Gated:
         exported = _export(run, source.checkpoint)
         first = _gate_export(run, source.checkpoint, exported, original, gate)
         runtime = _quantise(run, exported, source.texts)
-        others = _gate_candidate(run, runtime, original, gate), _gate_served(run, runtime, original, gate)
-        return Runtime(runtime, (first, *others))
+        gates = [first, _gate_candidate(run, runtime, original, gate)]
+        if serves(run.target):
+            gates.append(_gate_served(run, runtime, original, gate))
+        else:
+            work.say(f"no engine for {name} here: the path that serves it is not gated")
+        return Runtime(runtime, tuple(gates))
 
     return Gated(source, original, several.passed(targets, make, work.say))
 
@@ -238,12 +249,14 @@ def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
     precision = run.recipe.precision
 
     def make(folder: Path) -> None:
-        if precision.name in ("int8", "int4"):
+        if precision.name not in ("fp32", "bf16"):
             run.target.quantise(exported.folder / "runtime", folder / "runtime", precision, texts.calibrate)
         else:
             run.work.say(f"{precision.name}: nothing to do")
             shutil.copytree(exported.folder / "runtime", folder / "runtime")
         run.target.finish(folder / "runtime", precision)
+        for line in run.target.remarks(folder / "runtime") if hasattr(run.target, "remarks") else ():
+            run.work.say(line)
 
     depends = {"export": exported.digest, "precision": precision.model_dump(mode="json"),
                "calibration": digest_of(texts.calibrate)}  # fmt: skip
