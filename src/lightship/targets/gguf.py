@@ -28,7 +28,12 @@ EXTRA = "build"
 NEEDS = ("gguf", "accelerate")
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "f16", "q8_0", "q5_0", "q4_0")
 FILE, RECORD = "model.gguf", "engine.json"
-STORED = {"float32": ("F32", "fp32"), "float16": ("F16", "f16"), "bfloat16": ("BF16", "bf16")}
+STORED = {
+    "float64": ("F32", "fp32"),
+    "float32": ("F32", "fp32"),
+    "float16": ("F16", "f16"),
+    "bfloat16": ("BF16", "bf16"),
+}
 TABLES = ("token_embd.weight", "output.weight")  # in 8 bits where the rest has fewer: they hurt most
 BLOCK = 32  # weights that share a scale
 LARGEST_HALF = 65504.0
