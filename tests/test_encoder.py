@@ -217,4 +217,4 @@ def test_rows_are_padded_with_the_models_own_id(tmp_path):
 
 
 def test_companions_are_no_targets():
-    assert names("targets") == ["fake", "onnx", "openvino", "pytorch"]
+    assert names("targets") == ["fake", "gguf", "onnx", "openvino", "pytorch"]

@@ -43,6 +43,7 @@ from lightship.work import Progress, Stage, Work, digest_of
 
 EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precision="f32", dynamic_quantisation_group=0)
 PER_TARGET = ("export", "gate export", "quantise", "gate", "served path")
+UNSERVED = PER_TARGET[:-1]  # of a target without an engine: what serves its files is another program
 TARGET = "openvino"  # when the recipe names none
 COMPRESSED, REFERENCE = "compressed", "reference"  # after steps: what their result says, and what the original says
 
@@ -52,8 +53,14 @@ Targets = Mapping[str, Precision]  # each with the precision as it carries that 
 
 def stages(targets: Iterable[str], convert: bool = False, steps: Sequence[str] = ()) -> tuple[str, ...]:
     """Every stage of a run, in order; `steps`: those that come before, up to the checkpoint that is converted."""
-    found = several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
+    each = {name: PER_TARGET if serves(find("targets", name)) else UNSERVED for name in targets}
+    found = several.stages(each, () if convert else ("evaluate", "pack"))
     return (*steps, COMPRESSED, REFERENCE, *found[2:]) if steps else found
+
+
+def serves(target: ModuleType) -> bool:
+    """Whether `target` has an engine here, so that what it makes can be shipped and its served path gated."""
+    return hasattr(target, "open")
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,12 @@ def gated(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None 
         exported = _export(run, source.checkpoint)
         first = _gate_export(run, source.checkpoint, exported, exact, same)
         runtime = _quantise(run, exported, source.texts)
-        others = _gate_candidate(run, runtime, original, gate), _gate_served(run, runtime, original, gate)
-        return Runtime(runtime, (first, *others))
+        gates = [first, _gate_candidate(run, runtime, original, gate)]
+        if serves(run.target):
+            gates.append(_gate_served(run, runtime, original, gate))
+        else:
+            work.say(f"no engine for {name} here: the path that serves it is not gated")
+        return Runtime(runtime, tuple(gates))
 
     return Gated(source, original, several.passed(targets, make, work.say))
 
@@ -258,12 +269,14 @@ def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
     precision = run.recipe.precision
 
     def make(folder: Path) -> None:
-        if precision.name in ("int8", "int4"):
+        if precision.name not in ("fp32", "bf16"):
             run.target.quantise(exported.folder / "runtime", folder / "runtime", precision, texts.calibrate)
         else:
             run.work.say(f"{precision.name}: nothing to do")
             shutil.copytree(exported.folder / "runtime", folder / "runtime")
         run.target.finish(folder / "runtime", precision)
+        for line in run.target.remarks(folder / "runtime") if hasattr(run.target, "remarks") else ():
+            run.work.say(line)
 
     depends = {"export": exported.digest, "precision": precision.model_dump(mode="json"),
                "calibration": digest_of(texts.calibrate)}  # fmt: skip

@@ -67,7 +67,7 @@ def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
 
 def stages(targets: tuple[str, ...], convert: bool = False) -> tuple[str, ...]:
     """Every stage of a run, in order."""
-    return several.stages(targets, PER_TARGET, () if convert else ("evaluate", "pack"))
+    return several.stages(dict.fromkeys(targets, PER_TARGET), () if convert else ("evaluate", "pack"))
 
 
 def amount(recipe: Recipe, context: int) -> EncoderAmount:

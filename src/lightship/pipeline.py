@@ -28,7 +28,7 @@ from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import published
 from lightship.preflight import Plan, Seen, check_packages, first_look, plan
-from lightship.recipe import Precision, Recipe
+from lightship.recipe import NEAREST, SHIPPED, Precision, Recipe
 from lightship.report import Report
 from lightship.sources import look, peek
 from lightship.work import DONE, NotMade, Progress, Survey, Work, digest_of
@@ -154,13 +154,13 @@ class Settled:
         return costs.predict(shape, amount(recipe, shape.context), rates, self.targets)
 
 
-def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) -> Settled:
+def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True, convert: bool = False) -> Settled:
     """`recipe` settled with its targets, said where that differs; asked before any work. A hub model is downloaded
-    first, unless not to `fetch`.
+    first, unless not to `fetch`. Only to `convert`, a target needs no engine.
 
     Raises `UnknownName`, or `UnsupportedError` for what a target or architecture cannot do.
     """
-    modules = {name: _shippable(name) for name in recipe.targets or (TARGET,)}
+    modules = {name: _shippable(name, convert) for name in recipe.targets or (TARGET,)}
     found = {name: _settle(recipe.precision, target) for name, target in modules.items()}
     if fetch:
         log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
@@ -177,6 +177,8 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     for target in modules.values():
         if seen.config is not None and hasattr(target, "refuse"):
             target.refuse(seen.config)
+        if seen.config is not None and seen.file is not None and hasattr(target, "refuse_files"):
+            target.refuse_files(seen.file.parent)
     if kind == "seq2seq":
         found = {name: _settle_seq2seq(recipe.precision, name, target) for name, target in modules.items()}
     for note in [note for _, notes in found.values() for note in notes]:
@@ -189,14 +191,24 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True) 
     return Settled(recipe, targets, False, seen)
 
 
-def _shippable(name: str) -> ModuleType:
+def _shippable(name: str, convert: bool) -> ModuleType:
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
+    if not convert and not decoder_pipeline.serves(target):
+        raise UnsupportedError(f"lightship does not serve {name}, so it ships no bundle of it",
+                               hint=f"use `lightship convert --target {name}`: the same gates, one folder")  # fmt: skip
     return target
 
 
 def _settle(precision: Precision, target: ModuleType) -> tuple[Precision, list[str]]:
+    taken = getattr(target, "PRECISIONS", SHIPPED)
+    if precision.name not in taken:
+        nearest = NEAREST.get(precision.name)
+        raise UnsupportedError(
+            f"the target {target.__name__.rpartition('.')[2]!r} has no precision {precision.name}",
+            hint=f"use --precision {nearest if nearest in taken else ', '.join(taken)}",
+        )
     found: tuple[Precision, list[str]] = target.settle(precision) if hasattr(target, "settle") else (precision, [])
     return found
 
@@ -221,7 +233,7 @@ def plan_convert(recipe: Recipe, out: Path, *, force: bool = False) -> Plan:
     """As `plan_ship`, of `convert`."""
     _check_single(recipe)
     check_out(out, recipe, force, "engine.json")
-    asked = settled(recipe, fetch=False)
+    asked = settled(recipe, fetch=False, convert=True)
     return asked.plan(asked.stages(convert=True), out)
 
 
@@ -310,7 +322,7 @@ def convert(
     first of its targets. Raises `UsageError` for a recipe that names several."""
     _check_single(recipe)
     check_out(out, recipe, force, "engine.json")
-    asked = settled(recipe, progress)
+    asked = settled(recipe, progress, convert=True)
     names, first = asked.stages(convert=True), next(iter(asked.targets))
     times = _tell(asked.plan(names, out), progress, ignore_shortage)
     with scratch(out) as folder:

@@ -13,10 +13,16 @@ from lightship.errors import UnsupportedError, UsageError
 
 VERSION: Literal[1] = 1
 SIZE_LIMIT = 2**20  # bytes of a recipe file
-PrecisionName = Literal["fp32", "bf16", "int8", "int4"]
-PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "bf16", "int8", "int4")
+PrecisionName = Literal["fp32", "bf16", "int8", "int4", "f16", "q8_0", "q5_0", "q4_0"]
+SHIPPED: tuple[PrecisionName, ...] = ("fp32", "bf16", "int8", "int4")  # what a target takes that does not say otherwise
+PRECISIONS: tuple[PrecisionName, ...] = (*SHIPPED, "f16", "q8_0", "q5_0", "q4_0")  # the last ones only GGUF has
+NEAREST: dict[str, PrecisionName] = {
+    "int8": "q8_0", "int4": "q4_0", "f16": "bf16", "q8_0": "int8", "q5_0": "int8", "q4_0": "int4",
+}  # fmt: skip
 # Mean KL divergence (nats per token) from the original that a candidate may reach before the run stops.
-KLD_LIMITS: dict[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "int8": 2e-2, "int4": 0.15}
+KLD_LIMITS: dict[str, float] = {
+    "fp32": 1e-4, "bf16": 1e-2, "int8": 2e-2, "int4": 0.15, "f16": 1e-3, "q8_0": 2e-2, "q5_0": 0.05, "q4_0": 0.15,
+}  # fmt: skip
 # The same for embedders: 1 − mean cosine of their embeddings.
 COSINE_LIMITS: dict[str, float] = {"fp32": 1e-5, "bf16": 1e-3, "int8": 1e-2}
 LIMITED = ("kld", "cosine_loss")

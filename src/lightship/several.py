@@ -17,9 +17,9 @@ from lightship.work import Progress, Stage
 Made = TypeVar("Made")
 
 
-def stages(targets: Iterable[str], each: Sequence[str], after: Sequence[str] = ()) -> tuple[str, ...]:
-    """Every stage of a run, in order: the original's, `each` of every target, and what comes `after`."""
-    return ("read", "original", *(f"{stage} {target}" for target in targets for stage in each), *after)
+def stages(targets: Mapping[str, Sequence[str]], after: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every stage of a run, in order: the original's, those of every target, and what comes `after`."""
+    return ("read", "original", *(f"{stage} {target}" for target, each in targets.items() for stage in each), *after)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("source", shell_complete=models),
         click.option("--out", "-o", type=click.Path(), help="Where the result goes (default: a name in this folder)."),
         click.option("--precision", "-p", type=click.Choice(PRECISIONS), default="int8", show_default=True),
-        click.option("--target", multiple=True, metavar="openvino|onnx",
+        click.option("--target", multiple=True, metavar="openvino|onnx|gguf",
                      help="Runtime format; `ship` takes several (default: openvino; for encoders both, the faster "
-                     "first). Of generating models onnx serves one request at a time."),
+                     "first). Of generating models onnx serves one request at a time; gguf is for llama.cpp, with the "
+                     "precisions fp32, bf16, f16, q8_0, q5_0 and q4_0, and is converted to only."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
                      help="What it computes in; auto is the processor's fastest."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
