@@ -61,7 +61,7 @@ def refuse_files(folder: Path) -> None:
 
 
 def _refuse_cut(checkpoint: Checkpoint) -> None:
-    if checkpoint.structure is not None:
+    if checkpoint.structure:
         raise UnsupportedError("GGUF is written for models whose layers are all alike; structure.json says otherwise")
 
 
