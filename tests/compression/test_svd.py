@@ -100,13 +100,13 @@ def test_what_is_not_finite_is_refused():
 # ── Allocation ──────────────────────────────────────────────────────────────
 
 
-def curves(seed=0, count=6):
+def curves(seed=0, count=6, grain=1):
     draw = np.random.default_rng(seed)
     made = {}
     for number in range(count):
         outputs, inputs = (int(side) for side in draw.integers(4, 30, 2))
         energies = np.sort(draw.exponential(draw.uniform(0.1, 5), min(outputs, inputs)) ** 2)[::-1]
-        made[str(number)] = Curve(outputs, inputs, np.append(np.cumsum(energies[::-1])[::-1], 0.0))
+        made[str(number)] = Curve(outputs, inputs, np.append(np.cumsum(energies[::-1])[::-1], 0.0), grain)
     return made
 
 
@@ -138,19 +138,20 @@ def test_it_is_near_the_best_of_all_choices():
         assert total(made, allocate(made, budget))[1] - best <= 0.02 * nothing
 
 
-def test_no_rank_without_a_saving():
-    made = curves(1)
-    for keep in (0.2, 0.5, 0.9, 0.99):
+@pytest.mark.parametrize("grain", [1, 4])
+def test_no_rank_without_a_saving(grain):
+    made = curves(1, grain=grain)
+    for keep in (0.6, 0.75, 0.9, 0.99):
         budget = int(keep * sum(curve.whole for curve in made.values()))
         for name, rank in allocate(made, budget).items():
-            assert rank is None or (rank >= 1 and made[name].cost(rank) < made[name].whole)
+            assert rank is None or (rank >= 1 and rank % grain == 0 and made[name].cost(rank) < made[name].whole)
     square = Curve(576, 576, np.zeros(577))
     assert square.most == 287  # at 288 = r* nothing is saved
     assert allocate({"only": square}, square.whole) == {"only": None}
 
 
 def test_a_budget_below_rank_1_is_an_error():
-    with pytest.raises(UsageError, match="rank 1 everywhere needs"):
+    with pytest.raises(UsageError, match="the smallest ranks need"):
         allocate(curves(), 10)
     with pytest.raises(UsageError, match=r"keep: .*greater than 0, received '0'"):
         make_step("svd", {"keep": "0"})
@@ -206,7 +207,7 @@ def test_the_error_of_a_model_is_the_one_foreseen(llama, tmp_path):
     for name, each in layers.items():
         now = after.get_submodule(name)
         if isinstance(now, LowRank):
-            lost = (weight_of(each) - now.expand.weight @ now.reduce.weight).double()
+            lost = (weight_of(each) - now.expand.weight.data @ now.reduce.weight.data).double()
             damped = moments[name] + 0.01 * moments[name].diagonal().mean() * torch.eye(len(moments[name]))
             foreseen += float((lost @ damped @ lost.T).trace() * sensitive[name].diagonal().mean() / 2)
     assert made.lineage[-1]["predicted_kld"] == pytest.approx(foreseen, rel=1e-3)
@@ -225,9 +226,9 @@ def kept_of(before, after):
 @pytest.mark.parametrize("options", [{}, {"method": "plain"}, {"method": "scaled"}, {"allocation": "uniform"}])
 @pytest.mark.parametrize("keep", [0.5, 0.9])
 def test_what_is_kept_is_what_was_asked(llama, tmp_path, options, keep):
-    made = make_step("svd", {"keep": keep, **options}).apply(llama, tmp_path / "made", context(llama))
+    made = make_step("svd", {"keep": keep, "multiple": 2, **options}).apply(llama, tmp_path / "made", context(llama))
     kept = kept_of(llama.load(), made.load())
-    assert keep - 0.03 < kept <= keep
+    assert keep - 0.06 < kept <= keep
     assert made.lineage[-1]["kept"] == pytest.approx(kept, abs=1e-12)
     for module in made.load().modules():
         if isinstance(module, LowRank):
@@ -257,7 +258,7 @@ def test_a_tied_table_stays_tied(llama, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     removed = llama.weight_bytes - made.weight_bytes
     linear = sum(4 * weight_of(each).numel() for each in linears(llama.load()).values())
-    assert removed == pytest.approx(0.5 * linear, rel=0.05)
+    assert removed == pytest.approx((1 - made.lineage[-1]["kept"]) * linear, rel=0.02)
 
 
 def test_saved_and_loaded_and_saved_again(llama, tmp_path):

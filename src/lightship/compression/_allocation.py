@@ -18,11 +18,12 @@ Values = npt.NDArray[np.float64]
 class Curve:
     """What each rank of a layer (`outputs`, `inputs`) loses: `error[r]` at rank r for r = 0 … min(outputs, inputs),
     never rising, in one unit for all layers. A rank costs outputs + inputs parameters; the whole layer loses nothing
-    and costs outputs · inputs."""
+    and costs outputs · inputs. Only multiples of `grain` are given."""
 
     outputs: int
     inputs: int
     error: Values
+    grain: int = 1
 
     @property
     def whole(self) -> int:
@@ -36,9 +37,9 @@ class Curve:
 
     @property
     def most(self) -> int:
-        """The highest rank with fewer parameters than the whole layer: one below r* = outputs · inputs / (outputs +
-        inputs), or r* rounded down."""
-        return (self.whole - 1) // self.step
+        """The highest rank to give: with fewer parameters than the whole layer, so below r* = outputs · inputs /
+        (outputs + inputs); 0 where there is none."""
+        return (self.whole - 1) // self.step // self.grain * self.grain
 
     def cost(self, rank: int | None) -> int:
         """Parameters at `rank`, None being the whole layer."""
@@ -53,9 +54,9 @@ Ranks = dict[str, int | None]
 
 
 def uniform(curves: Mapping[str, Curve], keep: float) -> Ranks:
-    """The share `keep` of every layer, rounded down to a whole rank; one too small for rank 1 stays whole."""
+    """The share `keep` of every layer, rounded down to a rank that is given; one too small for any stays whole."""
     ranks = {name: min(int(keep * curve.whole / curve.step), curve.most) for name, curve in curves.items()}
-    return {name: rank or None for name, rank in ranks.items()}
+    return {name: rank // curves[name].grain * curves[name].grain or None for name, rank in ranks.items()}
 
 
 def allocate(curves: Mapping[str, Curve], budget: int) -> Ranks:
@@ -63,11 +64,11 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> Ranks:
 
     Greedy on the error per parameter saved along the lower convex hull of each layer's curve, which is optimal up to
     the last move; what that saves too much is then given back where it helps most. Raises `UsageError` for a budget
-    below rank 1 everywhere.
+    below the smallest ranks.
     """
-    least = sum(curve.step if curve.most else curve.whole for curve in curves.values())
+    least = sum(curve.grain * curve.step if curve.most else curve.whole for curve in curves.values())
     if budget < least:
-        raise UsageError(f"{budget:,} parameters are kept of the linear layers; rank 1 everywhere needs {least:,}",
+        raise UsageError(f"{budget:,} parameters are kept of the linear layers; the smallest ranks need {least:,}",
                          hint="raise keep")  # fmt: skip
     moves = sorted((slope, name, rank) for name, curve in curves.items() for slope, rank in _hull(curve))
     ranks: Ranks = dict.fromkeys(curves)
@@ -82,10 +83,10 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> Ranks:
 
 
 def _hull(curve: Curve) -> list[tuple[float, int]]:
-    """From the whole layer down to rank 1, the corners of the lower convex hull of (parameters, error): the error added
-    for each parameter saved since the corner before, and the rank there."""
+    """From the whole layer down to the smallest rank, the corners of the lower convex hull of (parameters, error): the
+    error added for each parameter saved since the corner before, and the rank there."""
     corners: list[tuple[int, float, int]] = [(curve.whole, 0.0, 0)]
-    for rank in range(curve.most, 0, -1):
+    for rank in range(curve.most, 0, -curve.grain):
         cost, loss = curve.cost(rank), curve.loss(rank)
         while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], (cost, loss, rank)):
             corners.pop()
@@ -98,14 +99,14 @@ def _slope(before: tuple[int, float, int], after: tuple[int, float, int]) -> flo
 
 
 def _give_back(curves: Mapping[str, Curve], ranks: Ranks, left: int) -> None:
-    """Spend the `left` parameters on one rank more, or the whole layer, wherever a parameter lowers the error most."""
+    """Spend the `left` parameters on one step more, or the whole layer, wherever a parameter lowers the error most."""
     while True:
         best: tuple[float, int, str, int | None] | None = None
         for name, rank in ranks.items():
             if rank is None:
                 continue
             curve = curves[name]
-            for more in (rank + 1 if rank < curve.most else None, None):
+            for more in (rank + curve.grain if rank < curve.most else None, None):
                 price = curve.cost(more) - curve.cost(rank)
                 gain = (curve.loss(rank) - curve.loss(more)) / price
                 if price <= left and gain > 0 and (best is None or gain > best[0]):
