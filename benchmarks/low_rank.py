@@ -1,0 +1,177 @@
+"""The low-rank step on the demo model: what it loses at equal size, and where it is faster.
+
+`quality`: held-out text, three calibration sets; the arms of a table have the same number of parameters, and `ranks
+shuffled` is the first arm with its ranks dealt out anew among layers of one shape. `latency`: the whole model, exported
+to OpenVINO with every layer at one share of its parameters, above 1 too; what weights hold does not change the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import models
+from benchmarks.losses import CHUNKS, SEEDS, Loss, calibration, measure, record_original, shown
+from benchmarks.page import DOCS, put, section, spread, table
+from lightship.checkpoint import Checkpoint, save
+from lightship.compression._allocation import Curve, Ranks
+from lightship.compression.svd import Moments, Svd
+from lightship.engine import EngineSettings
+from lightship.evaluation import speed
+from lightship.layers import linears, weight_of
+from lightship.low_rank import LowRank
+from lightship.recipe import Precision
+from lightship.step import Context
+from lightship.structure import replace_module
+from lightship.targets import openvino
+
+PAGE = DOCS / "compression.md"
+KEEPS = (0.9, 0.8)
+SHARES = (1.1, 0.95, 0.8, 0.5)
+PROMPT, NEW = 256, 65  # tokens: 64 are timed
+MEASURED: dict[int, tuple[Moments, Moments]] = {}  # by seed: the arms of one seed read the same text
+
+
+class Arm(Svd):
+    """The step, reading the calibration text of a seed once for all arms."""
+
+    def moments(self, model: Any, layers: Mapping[str, Any], context: Context) -> tuple[Moments, Moments]:
+        if context.seed not in MEASURED:
+            MEASURED.clear()
+            MEASURED[context.seed] = super().moments(model, layers, context)
+        return MEASURED[context.seed]
+
+
+class Shuffled(Arm):
+    """Its ranks dealt out anew among layers of one shape: the same bytes, and chance in place of the curves."""
+
+    def ranks(self, curves: Mapping[str, Curve]) -> Ranks:
+        found, draw, dealt = super().ranks(curves), np.random.default_rng(0), Ranks()
+        for shape in {(curve.outputs, curve.inputs) for curve in curves.values()}:
+            names = [name for name, curve in curves.items() if (curve.outputs, curve.inputs) == shape]
+            dealt |= {names[to]: found[name] for name, to in zip(names, draw.permutation(len(names)), strict=True)}
+        return dealt
+
+
+ARMS: dict[str, Callable[[float], Svd]] = {
+    "fisher (the default)": lambda keep: Arm(keep=keep),
+    "fisher, the same share of every layer": lambda keep: Arm(keep=keep, allocation="uniform"),
+    "whitened": lambda keep: Arm(keep=keep, method="whitened"),
+    "whitened, the same share (SVD-LLM)": lambda keep: Arm(keep=keep, method="whitened", allocation="uniform"),
+    "scaled, the same share (as ASVD)": lambda keep: Arm(keep=keep, method="scaled", allocation="uniform"),
+    "plain, the same share": lambda keep: Arm(keep=keep, method="plain", allocation="uniform"),
+    "fisher, ranks shuffled": lambda keep: Shuffled(keep=keep),
+}
+
+
+def quality(work: Path, seeds: int, chunks: int, keeps: tuple[float, ...], rows: int | None) -> str:
+    """A table for each share."""
+    original = models.demo(work / "demo")
+    reference = record_original(original, work / "reference", chunks)
+    nothing = measure(reference, original)
+    found: dict[float, dict[str, list[Loss]]] = {keep: {"the original again": [nothing]} for keep in keeps}
+    foreseen: dict[float, list[float]] = {keep: [] for keep in keeps}
+    for seed in range(seeds):
+        context = calibration(original, seed, rows)
+        for keep in keeps:
+            for label, arm in ARMS.items():
+                began = time.perf_counter()
+                with tempfile.TemporaryDirectory(dir=work) as folder:
+                    made = arm(keep).apply(original, Path(folder) / "made", context)
+                    loss = measure(reference, made)
+                    if label == next(iter(ARMS)):
+                        foreseen[keep].append(made.lineage[-1]["predicted_kld"])
+                found[keep].setdefault(label, []).append(loss)
+                took = time.perf_counter() - began
+                print(f"seed {seed}, keep {keep}, {label}: KLD {loss.metrics['kld'].value:.4f}, {took:.0f} s",
+                      file=sys.stderr, flush=True)  # fmt: skip
+    parts = [f"{keep:.0%} of the linear layers' parameters kept; the default foresaw a KL divergence of "
+             f"{spread(foreseen[keep], '.4f')}:\n\n{table(shown(found[keep]))}" for keep in keeps]  # fmt: skip
+    times = "once" if seeds == 1 else f"{seeds} times with other rows: mean (range)"
+    parts.append(
+        f"Held-out text: {chunks} passages of 512 tokens, the second half of each scored. Calibration: "
+        f"{context.tokens:,} tokens, {times}; ± is the standard error over passages. float32 arithmetic."
+    )
+    return "\n\n".join(parts)
+
+
+def cut_evenly(original: Checkpoint, share: float, folder: Path) -> Checkpoint:
+    """Every linear layer as a product with `share` of its parameters, contents random."""
+    model = original.load()
+    for name, layer in linears(model).items():
+        outputs, inputs = weight_of(layer).shape
+        made = LowRank.of(layer, int(share * outputs * inputs / (outputs + inputs)))
+        for part in made:
+            part.weight.data.normal_(std=part.in_features**-0.5)
+        replace_module(model, name, made)
+    return save(model, original.folder, folder, {"step": "cut_evenly", "options": {"share": share}})
+
+
+def latency(work: Path, repeats: int) -> str:
+    """Ratios to the whole model in the same process, every arm in turn."""
+    original = models.demo(work / "demo")
+    cut = {f"{share:.0%} of each layer": cut_evenly(original, share, work / f"cut-{share}") for share in SHARES}
+    rows = [["", "weights", "bytes of weights", "prefill ×", "decode ×"]]
+    for precision in ("fp32", "int8"):
+        engines, sizes = {}, {}
+        for number, (label, checkpoint) in enumerate({"whole": original, **cut}.items()):
+            folder = work / f"{precision}-{number}"
+            openvino.export(checkpoint, folder)
+            if precision != "fp32":
+                exported, folder = folder, work / f"{precision}-{number}-rounded"
+                openvino.quantise(exported, folder, Precision(name=precision))
+            served = replace(EngineSettings(), **openvino.SERVED_AT[precision])
+            engines[label] = openvino.open(folder, served)
+            sizes[label] = (folder / openvino.GRAPH).with_suffix(".bin").stat().st_size
+        timed = _timed(engines, repeats)
+        for label in engines:
+            pairs = list(zip(timed[label], timed["whole"], strict=True))
+            ratios = [spread([mine[part] / whole[part] for mine, whole in pairs]) for part in (0, 1)]
+            rows.append([precision, label, f"{sizes[label]:,}", *ratios])
+        for engine in engines.values():
+            engine.close()
+    return (
+        f"{table(rows)}\n\nTokens/s divided by the whole model's, median (range) of {repeats} rounds in which every "
+        f"arm has its turn; {PROMPT} prompt tokens, {NEW - 1} new ones timed, batch 1, OpenVINO."
+    )
+
+
+def _timed(engines: Mapping[str, Any], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Prefill and decode, tokens/s, of every engine in turn after a warm-up."""
+    draw, found = np.random.default_rng(0), {label: [] for label in engines}
+    for repeat in range(repeats + 1):
+        for label, engine in engines.items():
+            first, rest = speed.once(engine, draw.integers(0, 49_152, PROMPT).tolist(), NEW)
+            if repeat:
+                found[label].append((PROMPT / first, (NEW - 1) / rest))
+    return found
+
+
+def main() -> None:
+    """One section a run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.low_rank", description=__doc__)
+    parser.add_argument("what", choices=["quality", "latency"])
+    parser.add_argument("--seeds", type=int, default=SEEDS, choices=range(1, SEEDS + 1))
+    parser.add_argument("--chunks", type=int, default=CHUNKS, help="held-out passages")
+    parser.add_argument("--rows", type=int, help="of 512 tokens to calibrate with (default: 20)")
+    parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--repeats", type=int, default=9)
+    asked = parser.parse_args()
+    name = section(f"low_rank {asked.what}", PAGE)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as folder:
+        if asked.what == "quality":
+            put(name, quality(Path(folder), asked.seeds, asked.chunks, tuple(asked.keep), asked.rows), PAGE)
+        else:
+            put(name, latency(Path(folder), asked.repeats), PAGE)
+
+
+if __name__ == "__main__":
+    main()
