@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +41,9 @@ class Context:
         return int(sum(batch["attention_mask"].sum() for batch in self.batches))
 
 
-class Step(BaseModel, ABC):
-    """The base of every step. A subclass has its options as fields and says in `change` what it does to a model."""
+class Step(BaseModel):
+    """The base of every step. A subclass has its options as fields and says in `change` what it does to a model, or in
+    `apply` where it changes more than weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,9 +55,9 @@ class Step(BaseModel, ABC):
         """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again."""
         return 2 * sum_of_parameters(checkpoint) * 4
 
-    @abstractmethod
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         """Change `model`, loaded in float32, in place; returns figures to keep in the lineage (plain data)."""
+        raise NotImplementedError(f"{self.name()} changes no model by itself: use apply")
 
     def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
         """`checkpoint` changed, written into the new `folder` in its own dtype."""
@@ -69,9 +69,17 @@ class Step(BaseModel, ABC):
         return self.write(model, checkpoint, folder, context, figures)
 
     def write(
-        self, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, context: Context, figures: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        folder: Path,
+        context: Context,
+        figures: dict[str, Any],
+        *,
+        tokenizer_files: Path | None = None,
     ) -> Checkpoint:
-        """Save `model` as this step's result from `checkpoint`. Raises `LightshipError` for weights that are not finite."""
+        """Save `model` as what this step made of `checkpoint`, with the `tokenizer_files` of that or of another folder.
+        Raises `LightshipError` for weights that are not finite."""
         import torch
 
         model.to(getattr(torch, checkpoint.dtype))
@@ -80,7 +88,7 @@ class Step(BaseModel, ABC):
             raise LightshipError(f"{self.name()} made weights that are not finite: {', '.join(bad[:3])}")
         entry = {"step": self.name(), "options": self.model_dump(mode="json"), "seed": context.seed,
                  "tokens": context.tokens, "calibration": context.text.digest, **figures}  # fmt: skip
-        return save(model, checkpoint.folder, folder, entry)
+        return save(model, tokenizer_files or checkpoint.folder, folder, entry, after=checkpoint)
 
     @classmethod
     def name(cls) -> str:
