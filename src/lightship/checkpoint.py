@@ -213,10 +213,16 @@ class Checkpoint:
         return Structure.read(read_json(path), path, self.config) if path.is_file() else Structure()
 
     @property
+    def kept(self) -> Kept | None:
+        """What `vocabulary.json` says, where the vocabulary was cut; else None."""
+        path = self.folder / KEPT_FILE
+        return Kept.read(read_json(path), path, self.vocabulary) if path.is_file() else None
+
+    @property
     def kept_tokens(self) -> npt.NDArray[np.int64] | None:
         """The ids that its tokens have in the original, ascending, where the vocabulary was cut; else None."""
-        path = self.folder / KEPT_FILE
-        return Kept.read(read_json(path), path, self.vocabulary).ids if path.is_file() else None
+        kept = self.kept
+        return None if kept is None else kept.ids
 
     @property
     def weight_files(self) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,9 @@ class Context:
         return int(sum(batch["attention_mask"].sum() for batch in self.batches))
 
 
-class Step(BaseModel, ABC):
-    """The base of every step. A subclass has its options as fields and says in `change` what it does to a model."""
+class Step(BaseModel):
+    """The base of every step. A subclass has its options as fields and says in `change` what it does to a model, or in
+    `apply` where it changes more than weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     serves: ClassVar[Literal["memory", "compute", "nothing"]] = "nothing"  # which need it answers
@@ -69,9 +69,9 @@ class Step(BaseModel, ABC):
                 hint="free some, or go on with --ignore-shortage: a prediction can be wrong",
             )
 
-    @abstractmethod
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         """Change `model`, loaded in float32, in place; returns figures to keep in the lineage (plain data)."""
+        raise NotImplementedError(f"{self.name()} changes no model by itself: use apply")
 
     def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
         """`checkpoint` changed, written into the new `folder` in its own dtype."""
@@ -83,9 +83,17 @@ class Step(BaseModel, ABC):
         return self.write(model, checkpoint, folder, context, figures)
 
     def write(
-        self, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, context: Context, figures: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        folder: Path,
+        context: Context,
+        figures: dict[str, Any],
+        *,
+        tokenizer_files: Path | None = None,
     ) -> Checkpoint:
-        """Save `model` as what this step made of `checkpoint`. Raises `LightshipError` for NaN and infinity."""
+        """Save `model` as what this step made of `checkpoint`, with the `tokenizer_files` of that or of another folder.
+        Raises `LightshipError` for weights that are not finite."""
         import torch
 
         model.to(getattr(torch, checkpoint.dtype))
@@ -94,7 +102,7 @@ class Step(BaseModel, ABC):
             raise LightshipError(f"{self.name()} made weights that are not finite: {', '.join(bad[:3])}")
         entry = {"step": self.name(), "options": self.model_dump(mode="json"), "seed": context.seed,
                  "tokens": context.tokens, "calibration": context.text.digest, **figures}  # fmt: skip
-        return save(model, checkpoint.folder, folder, entry)
+        return save(model, tokenizer_files or checkpoint.folder, folder, entry, after=checkpoint)
 
     @classmethod
     def name(cls) -> str:

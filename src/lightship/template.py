@@ -36,12 +36,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special: dict[str, str], tool_use: str | None = None) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment = _environment()
         self._template = environment.from_string(source)
         self._tool_use = environment.from_string(tool_use) if tool_use else self._template
         self._special = special
@@ -70,6 +65,16 @@ class ChatTemplate:
         return text
 
 
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -87,12 +92,8 @@ def _refuse(message: str) -> NoReturn:
 
 def load_template(folder: Path) -> ChatTemplate | None:
     """The chat template of a folder, None where it has none."""
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    sources = _named(config.get("chat_template"))
-    for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_USE)):
-        if (folder / file).is_file():
-            sources[name] = (folder / file).read_text(encoding="utf-8")
+    config = _configuration(folder)
+    sources = _sources(folder, config)
     if "default" not in sources:
         return None
     special = {}
@@ -103,6 +104,33 @@ def load_template(folder: Path) -> ChatTemplate | None:
         return ChatTemplate(sources["default"], special, sources.get("tool_use"))
     except TemplateError as error:
         raise SourceError(f"the chat template of {folder} is no valid Jinja: {error}") from error
+
+
+def literals(folder: Path) -> list[str]:
+    """The texts that stand in the chat templates of a folder, those within expressions too; each once, in order."""
+    found: dict[str, None] = {}
+    for name, source in _sources(folder, _configuration(folder)).items():
+        try:
+            parsed = _environment().parse(source)
+        except TemplateError as error:
+            raise SourceError(f"the chat template {name!r} of {folder} is no valid Jinja: {error}") from error
+        found |= {node.data: None for node in parsed.find_all(nodes.TemplateData)}
+        found |= {node.value: None for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
+    return [text for text in found if text]
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Name → source of the templates of a folder, those in files of their own first."""
+    sources = _named(config.get("chat_template"))
+    for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_USE)):
+        if (folder / file).is_file():
+            sources[name] = (folder / file).read_text(encoding="utf-8")
+    return sources
 
 
 def _named(found: Any) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lightship.compression._patterns import PATTERN, Pattern, check_pattern, zero_groups
 from lightship.layers import linears, weight_of
 from lightship.step import Context, Step
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -18,18 +20,32 @@ class Magnitude(Step):
 
     sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="share of the weights that become zero")
     scope: Literal["layer", "model"] = Field("layer", description="compared within each linear layer, or all together")
+    pattern: Pattern = Field("unstructured", description=PATTERN)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Magnitude:
+        check_pattern(self.pattern, self.sparsity)
+        return self
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
-        import torch
+        weights = {name: weight_of(layer) for name, layer in linears(model).items()}
+        if self.pattern == "unstructured":
+            alone = [[weight] for weight in weights.values()]
+            for together in [list(weights.values())] if self.scope == "model" else alone:
+                _zero_smallest(together, self.sparsity)
+        else:
+            for name, weight in weights.items():
+                zero_groups(weight, weight.abs(), self.pattern, name)
+        zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+        return {"zeros": zeros, "of": sum(weight.numel() for weight in weights.values())}
 
-        weights = [weight_of(layer) for layer in linears(model).values()]
-        groups = [weights] if self.scope == "model" else [[weight] for weight in weights]
-        for group in groups:
-            sizes = torch.cat([weight.abs().flatten() for weight in group])
-            count = int(self.sparsity * len(sizes))
-            if count:
-                limit = sizes.kthvalue(count).values
-                for weight in group:
-                    weight[weight.abs() <= limit] = 0
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
-        return {"zeros": zeros, "of": sum(weight.numel() for weight in weights)}
+
+def _zero_smallest(weights: list[torch.Tensor], sparsity: float) -> None:
+    import torch
+
+    sizes = torch.cat([weight.abs().flatten() for weight in weights])
+    count = int(sparsity * len(sizes))
+    if count:
+        limit = sizes.kthvalue(count).values
+        for weight in weights:
+            weight[weight.abs() <= limit] = 0
