@@ -71,7 +71,7 @@ class Step(BaseModel, ABC):
     def write(
         self, model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, context: Context, figures: dict[str, Any]
     ) -> Checkpoint:
-        """Save `model` as this step's result from `checkpoint`. Raises `LightshipError` for weights that are not finite."""
+        """Save `model`, made of `checkpoint`. Raises `LightshipError` for weights that are not finite."""
         import torch
 
         model.to(getattr(torch, checkpoint.dtype))
