@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ from lightship.layers import linears, weight_of
 from lightship.machine import matmul_rate, memory_bandwidth
 from lightship.recipe import Recipe
 from lightship.sources import look
-from lightship.step import Context, Step, make_step, step_class
+from lightship.step import Context, Need, Step, make_step, step_class
 from lightship.work import Progress, Work
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 TABLES = ("embed", "wte", "wpe", "shared", "lm_head")  # parts of the names of what is looked up, and of heads
 DOMINATES = 0.3  # share of the weights from which on the vocabulary is worth a thought first
-Need = Literal["memory", "compute", "nothing"]
 
 
 class Rounded(Step):

@@ -24,6 +24,7 @@ from lightship.preflight import gigabytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Need = Literal["memory", "compute", "nothing"]  # what a step saves in the runtimes
 BOUNDS = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}  # of annotated-types, as people write them
 Inputs = Mapping[str, npt.NDArray[np.int64]]  # what a model is called with: input_ids, attention_mask, …
 
@@ -49,7 +50,7 @@ class Step(BaseModel):
     `apply` where it changes more than weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    serves: ClassVar[Literal["memory", "compute", "nothing"]] = "nothing"  # which need it answers
+    serves: ClassVar[Need] = "nothing"  # which need it answers
     trial: ClassVar[Mapping[str, Any]] = {}  # the options with which `advise` tries it; without any it does not
 
     def refuse(self, config: Mapping[str, Any]) -> None:

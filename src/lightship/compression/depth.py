@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from lightship.compression._activations import read
 from lightship.compression._rebuilt import check_rebuilt
 from lightship.compression._stacks import Layers
 from lightship.errors import UnsupportedError, UsageError
-from lightship.step import Context, Inputs, Step
+from lightship.step import Context, Inputs, Need, Step
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,9 @@ STAY = "each stack keeps a layer at least, and those that are built unlike its o
 class Depth(Step):
     """Leave out whole layers. They are numbered from 0, those of a decoder after those of its encoder; one at least
     stays in each."""
+
+    serves: ClassVar[Need] = "compute"
+    trial: ClassVar[Mapping[str, Any]] = {"drop": 1}
 
     drop: int = Field(1, ge=1, description="layers to leave out")
     method: Literal["influence", "greedy", "random"] = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,7 +16,7 @@ from lightship.compression._gradients import fisher
 from lightship.errors import LightshipError, UnsupportedError
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
-from lightship.step import Context, Step
+from lightship.step import Context, Need, Step
 from lightship.structure import replace_module
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class Svd(Step):
     """Factorise linear layers: a layer becomes two of an inner width, its rank, where that has fewer parameters, and
     stays whole elsewhere. The ranks are those that a quadratic model of the answers' KL divergence finds cheapest; its
     sum over the layers is kept as `predicted_kld` (nats an answer)."""
+
+    serves: ClassVar[Need] = "compute"
+    trial: ClassVar[Mapping[str, Any]] = {"keep": 0.9}
 
     keep: float = Field(0.9, gt=0.0, lt=1.0, description="share of the parameters of all linear layers that is kept")
     method: Literal["fisher", "whitened", "scaled", "plain"] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from lightship.encoder import OFFSET, Encoder
 from lightship.errors import UnsupportedError, UsageError
 from lightship.kept import Kept
 from lightship.kind import GENERATORS
-from lightship.step import Context, Step
+from lightship.step import Context, Need, Step
 from lightship.template import load_template
 
 PIECE, OVERLAP = 4_000_000, 256  # characters tokenised at a time, and those read again so that no token is cut
@@ -34,6 +34,9 @@ class Vocabulary(Step):
     bytes or characters of which any text can be made. A token is kept with the tokens that it is merged from. Text
     whose tokens are all kept has the same tokens as before; other text has more, shorter ones.
     """
+
+    serves: ClassVar[Need] = "memory"
+    trial: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: int | float | None = Field(
         None, gt=0, description="share (up to 1) or number of tokens to keep, the most frequent in the corpus first, "
