@@ -26,7 +26,7 @@ class Depth(Step):
     stays in each."""
 
     serves: ClassVar[Need] = "compute"
-    trial: ClassVar[Mapping[str, Any]] = {"drop": 1}
+    trial: ClassVar[Mapping[str, Any]] = {"drop": 1, "method": "influence"}
 
     drop: int = Field(1, ge=1, description="layers to leave out")
     method: Literal["influence", "greedy", "random"] = Field(
