@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightship.errors import UnsupportedError
 from lightship.layers import stacks
-from lightship.structure import structure_of
+from lightship.structure import STRUCTURE_FIELDS, structure_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 HINT = "this architecture gives its layers parts or numbers by their place; lightship cannot cut it so"
+
+
+def changed(model: PreTrainedModel, changes: Mapping[str, Any], hint: str) -> PreTrainedConfig:
+    """The configuration of `model` as it would be read with `changes`. Raises `UnsupportedError` where it would not be,
+    as some architectures want a width that the number of heads divides."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return type(model.config).from_dict({**model.config.to_dict(), **changes})
+    except (ValueError, StrictDataclassError) as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        raise UnsupportedError(f"{type(model).__name__} takes no such sizes: {said}", hint=hint) from error
 
 
 def check_rebuilt(model: PreTrainedModel, hint: str = HINT) -> None:
@@ -22,14 +35,9 @@ def check_rebuilt(model: PreTrainedModel, hint: str = HINT) -> None:
     """
     import torch
 
-    kind = type(model).__name__
-    try:
-        config = type(model.config).from_dict(model.config.to_dict())
-        with torch.device("meta"):
-            built = type(model)(config)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        said = str(error).strip().splitlines()[-1:] or [repr(error)]
-        raise UnsupportedError(f"{kind} takes no such configuration: {said[0].strip()}", hint=hint) from error
+    kind, config = type(model).__name__, changed(model, {}, hint)
+    with torch.device("meta"):
+        built = type(model)(config)
     structure_of(model).build(built)
     mine, theirs = _parts(model), _parts(built)
     for place in [*mine, *(theirs.keys() - mine.keys())]:
@@ -52,7 +60,8 @@ def _parts(model: Any) -> dict[str, dict[str, Any]]:
         for name, module in layers.named_modules():
             plain = {key: value for key, value in vars(module).items()
                      if isinstance(value, bool | int | float | str) and not key.startswith("_")}  # fmt: skip
-            plain.pop("training", None)
+            for ignored in ("training", *STRUCTURE_FIELDS):  # the shapes tell them
+                plain.pop(ignored, None)
             shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
             found[f"{stack}.{name}".rstrip(".")] = {"class": type(module).__name__, **plain, **shapes}
     return found
