@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lightship.errors import LightshipError
+from lightship.evaluation import divergence
 from lightship.evaluation.divergence import Comparison
 from lightship.evaluation.perplexity import mean_stderr, perplexity, quality
 
@@ -96,3 +97,12 @@ def test_quality_of_a_broken_candidate_raises() -> None:
         quality(comparison([-2.0, -np.inf, -2.0, -2.0], [0.1, 0.1, 0.1, 0.5]), text_bytes=6, scored="all tokens")
     with pytest.raises(LightshipError, match="divergence is not finite"):
         quality(comparison([-2.0, -2.0, -2.0, -2.0], [0.1, np.inf, 0.1, 0.5]), text_bytes=6, scored="all tokens")
+
+
+def test_a_flip_is_a_position_where_exactly_one_of_both_is_right() -> None:
+    """Rows: both right, both wrong alike, both wrong otherwise, only the original right, only the candidate, no label."""
+    original, candidate = (np.log(np.full((6, 3), 0.1) + 0.7 * np.eye(3)[best]).astype(np.float32)
+                           for best in ([0, 1, 1, 0, 1, 0], [0, 1, 2, 1, 0, 1]))  # fmt: skip
+    label = np.array([0, 0, 0, 0, 0, -1])
+    flip = divergence._compare_rows(original, candidate, label)[2]
+    assert flip.tolist() == [False, False, False, True, True, False]
