@@ -146,11 +146,11 @@ def test_disk_is_predicted_as_it_is_used(llama, tmp_path):
 
 @pytest.mark.parametrize(("precision", "share"), [
     (Precision(name="fp32"), 4.0), (Precision(name="bf16"), 2.0), (Precision(name="int8"), 1.0),
-    (Precision(name="int4", all_layers=True), 0.5 + 2 / 64), (Precision(name="int4", ratio=0.0), 1.0),
+    (Precision(name="int4", tables="int4"), 0.5 + 2 / 64), (Precision(name="int4", ratio=0.0), 1.0),
 ])  # fmt: skip
 def test_bytes_of_a_weight(llama, precision, share):
     shape = replace(peek(str(llama.folder)).shape, layers=0)
-    integers = precision.name in ("int8", "int4") and not precision.all_layers
+    integers = precision.name in ("int8", "int4") and precision.tables == "int8"
     head = 2 / 64 * shape.table if integers else 0  # its scales
     assert costs.served_bytes(shape, precision) == pytest.approx(share * shape.parameters + head)
 

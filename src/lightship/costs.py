@@ -133,12 +133,14 @@ def served_bytes(shape: Shape, precision: Precision, target: str = "openvino") -
     if precision.name not in ("int8", "int4"):
         return exported_bytes(shape, precision, target)
     tables = shape.table * (1 if shape.tied else 2)
-    narrow = 0.0 if precision.name == "int8" else shape.parameters - (0 if precision.all_layers else tables)
-    narrow *= precision.ratio
+    body = 0.0 if precision.name == "int8" else (shape.parameters - tables) * precision.ratio
+    if body and precision.bits is not None:  # a limit, and what it leaves in int8 is only known once it is measured
+        return precision.bits / 8 * shape.parameters
+    narrow = body + (tables if precision.tables == "int4" else 0)
     if target == "onnx":
         scales = 4 * shape.parameters / (64 if precision.name == "int8" else precision.group_size)
     else:
-        scales = 2 * narrow / precision.group_size + (0 if precision.all_layers else 2 * shape.table / 64)
+        scales = 2 * body / precision.group_size + 2 * tables / 64
     return shape.parameters - narrow / 2 + scales + TARGETS[target].graph_layer * shape.layers
 
 

@@ -178,7 +178,7 @@ def gated(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None 
         run = Run(recipe.model_copy(update={"precision": targets[name]}), work, name)
         exported = _export(run, source.checkpoint)
         first = _gate_export(run, source.checkpoint, exported, exact, same)
-        runtime = _quantise(run, exported, source.texts)
+        runtime = _quantise(run, exported, source)
         gates = [first, _gate_candidate(run, runtime, original, gate)]
         if serves(run.target):
             gates.append(_gate_served(run, runtime, original, gate))
@@ -264,13 +264,14 @@ def _judged(
     return several.kept(parity.parity_metrics(found, prefix))
 
 
-def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
+def _quantise(run: Run, exported: Stage, source: Source) -> Stage:
     """The runtime folder at the precision asked for, as it will be served."""
-    precision = run.recipe.precision
+    precision, calibrate = run.recipe.precision, source.texts.calibrate
 
     def make(folder: Path) -> None:
         if precision.name not in ("fp32", "bf16"):
-            run.target.quantise(exported.folder / "runtime", folder / "runtime", precision, texts.calibrate)
+            exact, runtime = exported.folder / "runtime", folder / "runtime"
+            run.target.quantise(exact, runtime, precision, calibrate, source.checkpoint)
         else:
             run.work.say(f"{precision.name}: nothing to do")
             shutil.copytree(exported.folder / "runtime", folder / "runtime")
@@ -279,7 +280,7 @@ def _quantise(run: Run, exported: Stage, texts: Texts | PairTexts) -> Stage:
             run.work.say(line)
 
     depends = {"export": exported.digest, "precision": precision.model_dump(mode="json"),
-               "calibration": digest_of(texts.calibrate)}  # fmt: skip
+               "calibration": digest_of(calibrate)}  # fmt: skip
     return run.work.stage(f"quantise {run.name}", depends, make)
 
 

@@ -29,7 +29,7 @@ LIMITED = ("kld", "cosine_loss")
 # What a limit after a step may be on; of all but `top1` it is the most allowed.
 STEP_LIMITS = ("kld", "top1", "flips", "perplexity_ratio", "cosine_loss")
 
-INT4_ONLY = ("group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
+INT4_ONLY = ("group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
 
 
 class _Data(BaseModel):
@@ -37,21 +37,50 @@ class _Data(BaseModel):
 
 
 class Precision(_Data):
-    """The precision of the weights. Every option after `arithmetic` concerns int4 only."""
+    """The precision of the weights, and of the keys and values. Every option after `tables` concerns int4 only."""
 
     name: PrecisionName = "int8"
     arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: the processor's fastest")
+    kv: Literal["auto", "f32", "bf16", "u8", "u4"] = Field(
+        "auto", description="what keys and values are kept in; auto: as the runtime chooses, in fp32 f32"
+    )
+    tables: Literal["int8", "int4"] = Field(
+        "int8", description="embedding and head, where the weights are integers; a tied table stays one"
+    )
     group_size: int = Field(64, ge=16, le=1024, description="weights along the input that share one scale")
-    ratio: float = Field(1.0, ge=0.0, le=1.0, description="share of the body in int4; the rest is int8")
-    all_layers: bool = Field(False, description="embedding and head in int4 too (else int8)")
+    ratio: float = Field(
+        1.0, ge=0.0, le=1.0, description="share of the body in int4, by NNCF's guess; the rest is int8"
+    )
+    bits: float | None = Field(
+        None, ge=4, le=16, description="limit, bits per weight over the whole graph: what int4 hurts most stays in int8"
+    )  # fmt: skip
     awq: bool = Field(True, description="activation-aware weight scaling (Lin et al. 2023, arXiv:2306.00978)")
     scale_estimation: bool = Field(True, description="scales that minimise the layer's output error")
     gptq: bool = Field(False, description="error-compensated rounding (Frantar et al. 2022, arXiv:2210.17323)")
+    fit: bool = Field(
+        False, description="instead of the three: each matrix fitted to the original's outputs, after those before it"
+    )
 
     @property
     def data_aware(self) -> bool:
         """Whether quantising needs a calibration set."""
-        return self.name == "int4" and (self.awq or self.scale_estimation or self.gptq)
+        return self.name == "int4" and (self.awq or self.scale_estimation or self.gptq or self.planned)
+
+    @property
+    def planned(self) -> bool:
+        """Whether quantising needs the original model beside its graph."""
+        return self.fit or self.bits is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_called(cls, given: Any) -> Any:
+        """Recipes of version 0.1 say `all_layers` for tables in int4."""
+        if not isinstance(given, dict) or "all_layers" not in given:
+            return given
+        if "tables" in given or not isinstance(given["all_layers"], bool):
+            raise ValueError("all_layers is true or false, and the older name for `tables: int4`: give one of them")
+        rest = {name: value for name, value in given.items() if name != "all_layers"}
+        return {**rest, "tables": "int4"} if given["all_layers"] and given.get("name") == "int4" else rest
 
     @model_validator(mode="after")
     def _only_where_it_matters(self) -> Precision:
@@ -59,6 +88,20 @@ class Precision(_Data):
         idle = [name for name in INT4_ONLY if getattr(self, name) != fields[name].default]
         if self.name != "int4" and idle:
             raise ValueError(f"{', '.join(idle)} changes nothing at {self.name}: it is for int4")
+        if self.name not in ("int8", "int4") and self.tables != "int8":
+            raise ValueError(f"tables changes nothing at {self.name}: it is for int8 and int4")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Precision:
+        if self.planned and self.ratio != 1:
+            raise ValueError("ratio is NNCF's way to mix int4 and int8: leave it out beside bits or fit")
+        if self.fit and self.gptq:
+            raise ValueError("fit rounds in its own way: leave out gptq")
+        exact = self.name == "fp32" or self.arithmetic == "f32"
+        if self.kv == ("bf16" if exact else "f32"):
+            raise ValueError(f"keys and values in {self.kv} need arithmetic {'auto' if exact else 'f32'}: the runtime "
+                             "keeps them in what it computes in, or in integers")  # fmt: skip
         return self
 
 

@@ -100,7 +100,7 @@ def test_quality_of_a_broken_candidate_raises() -> None:
 
 
 def test_a_flip_is_a_position_where_exactly_one_of_both_is_right() -> None:
-    """Rows: both right, both wrong alike, both wrong otherwise, only the original right, only the other one, no label."""
+    """Rows: both right, wrong alike, wrong otherwise, only the original right, only the other one, no label."""
     original, candidate = (np.log(np.full((6, 3), 0.1) + 0.7 * np.eye(3)[best]).astype(np.float32)
                            for best in ([0, 1, 1, 0, 1, 0], [0, 1, 2, 1, 0, 1]))  # fmt: skip
     label = np.array([0, 0, 0, 0, 0, -1])

@@ -94,7 +94,7 @@ def test_the_export_is_the_original(exported, gate):
 @pytest.mark.parametrize(
     "precision",
     [Precision(name="fp32"), Precision(name="int8"), Precision(name="int4", group_size=32),
-     Precision(name="int4", group_size=16, all_layers=True)],
+     Precision(name="int4", group_size=16, tables="int4")],
     ids=["fp32", "int8", "int4", "int4 everywhere"],
 )  # fmt: skip
 def test_weights_are_as_large_as_predicted(exported, tmp_path, precision):
@@ -258,7 +258,7 @@ def weight_bytes(runtime):
     [
         ({"name": "int8"}, 8, 8),
         ({"name": "int4", "group_size": 32}, 8, 4),
-        ({"name": "int4", "group_size": 32, "all_layers": True}, 4, 4),
+        ({"name": "int4", "group_size": 32, "tables": "int4"}, 4, 4),
     ],
     ids=["int8", "int4", "int4-all"],
 )

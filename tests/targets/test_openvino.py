@@ -15,7 +15,7 @@ from lightship.calibration import default_text
 from lightship.errors import UnsupportedError
 from lightship.pipeline import convert
 from lightship.recipe import Precision, Recipe
-from lightship.targets._openvino_weights import HEAD_GROUP, _head
+from lightship.targets._openvino_weights import TABLE_GROUP, _head
 from lightship.targets._tracing import tracing
 from lightship.targets.openvino import GRAPH
 from lightship.tokenizer import load_tokenizer
@@ -80,9 +80,9 @@ NARROW = {"int8": Precision(name="int8"),
 def test_the_weights_of_the_head_share_a_scale_in_groups(tmp_path, name, tied, dtype):
     """Its columns differ thirtyfold from group to group: one scale for the whole row would lose the small ones. The
     gates pass, the served path's among them; embedding and head stay one table where they are."""
-    checkpoint = tiny_llama(tmp_path / "model", hidden_size=2 * HEAD_GROUP, tie_word_embeddings=tied)
+    checkpoint = tiny_llama(tmp_path / "model", hidden_size=2 * TABLE_GROUP, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
-    model.lm_head.weight.data[:, HEAD_GROUP:] /= 30
+    model.lm_head.weight.data[:, TABLE_GROUP:] /= 30
     model.save_pretrained(checkpoint.folder)
     recipe = Recipe(source=str(checkpoint.folder), precision=NARROW[name], accept=("kld<=2",))
     graph = openvino.Core().read_model(convert(recipe, tmp_path / "runtime") / GRAPH)
@@ -91,7 +91,7 @@ def test_the_weights_of_the_head_share_a_scale_in_groups(tmp_path, name, tied, d
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     (stored,) = openvino.compile_model(openvino.Model([output], []), "CPU", exact)([]).values()
     table = model.lm_head.weight.detach().float().numpy()
-    groups, found = (part.astype(np.float32).reshape(len(table), -1, HEAD_GROUP) for part in (table, stored))
+    groups, found = (part.astype(np.float32).reshape(len(table), -1, TABLE_GROUP) for part in (table, stored))
     largest = np.abs(groups).max(axis=-1, keepdims=True)
     assert (np.abs(groups - found) <= largest * (1 / 254 + 2**-10)).all()  # half a step, and two roundings to float16
     assert len(output.get_target_inputs()) == (2 if tied else 1)

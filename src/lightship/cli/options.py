@@ -33,7 +33,13 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--awq/--no-awq", default=True, show_default=True, help="int4: activation-aware scaling."),
         click.option("--scale-estimation/--no-scale-estimation", default=True, show_default=True, help="int4."),
         click.option("--gptq/--no-gptq", default=False, show_default=True, help="int4: error-compensated rounding."),
-        click.option("--all-layers", is_flag=True, help="int4: embedding and head in 4 bits too."),
+        click.option("--fit", is_flag=True, help="int4: matrices fitted to the original's outputs, instead of these."),
+        click.option("--bits", type=float, metavar="BITS", help="int4: limit in bits per weight over the whole graph; "
+                     "what int4 hurts most, as measured, stays in int8."),
+        click.option("--tables", type=click.Choice(["int8", "int4"]), default="int8", show_default=True,
+                     help="Embedding and head, in int8 and int4."),
+        click.option("--kv", type=click.Choice(["auto", "f32", "bf16", "u8", "u4"]), default="auto", show_default=True,
+                     help="What keys and values are kept in (openvino)."),
         click.option("--accept", multiple=True, metavar='"kld<=X"',
                      help="Replace the default limit, on the record; of embedders \"cosine_loss<=X\"."),
         click.option("--text", type=click.Path(), help="Calibrate and score on this: plain text, chat or pairs JSONL."),
@@ -68,7 +74,7 @@ def _with(command: Callable[..., Any], options: list[Decorator]) -> Callable[...
 
 def recipe_of(source: str, **given: Any) -> Recipe:
     """The recipe that the options above describe."""
-    names = ("arithmetic", "group_size", "ratio", "all_layers", "awq", "scale_estimation", "gptq")
+    names = ("arithmetic", "kv", "tables", "group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
     try:
         return Recipe(
             source=source,

@@ -64,6 +64,8 @@ class OnnxEncoder:
 
 def refuse(precision: Precision) -> None:
     """Raise `UnsupportedError` for what encoders cannot be shipped at."""
+    if precision.kv != "auto" or precision.tables == "int4":
+        raise UnsupportedError("kv and tables in int4 are for models that generate", hint="leave them out")
     if precision.name not in ("fp32", "int8"):
         raise UnsupportedError(f"encoders are not shipped to ONNX at {precision.name}",
                                hint="use --precision fp32 or int8")  # fmt: skip

@@ -38,8 +38,8 @@ def quantise(source: Path, target: Path, data: str, precision: Precision) -> Non
 def rounded(source: Path, precision: Precision) -> Any:
     """The `onnx_ir.Model` of the graph `source` with its matrices rounded to nearest.
 
-    Symmetric, one float32 scale for a group of weights along the input. In int4, embedding and head take 8 bits unless
-    `precision.all_layers`. A matrix used twice, such as a tied table, is stored once.
+    Symmetric, one float32 scale for a group of weights along the input. Embedding and head take what
+    `precision.tables` says. A matrix used twice, such as a tied table, is stored once.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -51,7 +51,7 @@ def rounded(source: Path, precision: Precision) -> Any:
     for use in uses:
         key = (use.weight.name, use.rows_out)
         if key not in stored:
-            bits = 4 if precision.name == "int4" and (precision.all_layers or use.weight.name not in outer) else 8
+            bits = 4 if (precision.tables if use.weight.name in outer else precision.name) == "int4" else 8
             packed, scales = _store(model.graph, use, bits, group(precision))
             stored[key] = (packed, scales, bits)
         _replace(model.graph, use, *stored[key], precision)

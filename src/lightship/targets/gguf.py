@@ -113,7 +113,13 @@ def _name(checkpoint: Checkpoint) -> str:
     return checkpoint.folder.parent.parent.name.rpartition("--")[2] if cached else checkpoint.folder.resolve().name
 
 
-def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
+def quantise(
+    source: Path,
+    folder: Path,
+    precision: Precision,
+    calibration: Sequence[Sequence[int]] = (),
+    checkpoint: Checkpoint | None = None,
+) -> None:
     """Write the file in `source` into `folder`, its matrices rounded to `precision` as llama.cpp's own reference does;
     no calibration is used. Tables stay in 8 bits below that, and what cannot be cut into blocks becomes F16 or F32."""
     folder.mkdir(parents=True, exist_ok=True)

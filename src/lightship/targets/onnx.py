@@ -44,8 +44,12 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
     """`precision` as this target carries it out, and what to tell about the difference. Asked before any work.
 
     Weights are rounded to nearest: AWQ and scale estimation, on by default, are set to off and said to be. Raises
-    `UnsupportedError` for bf16, GPTQ, mixed 4 and 8 bits in the body, and groups that the kernels do not know.
+    `UnsupportedError` for bf16, GPTQ, mixed 4 and 8 bits in the body, groups that the kernels do not know, and keys and
+    values in anything but float32.
     """
+    if precision.kv not in ("auto", "f32"):
+        raise UnsupportedError(f"ONNX graphs keep keys and values in float32, not in {precision.kv}",
+                               hint="leave kv out, or use --target openvino")  # fmt: skip
     if precision.name == "bf16":
         raise UnsupportedError("ONNX Runtime has no bf16 matrix product on CPU",
                                hint="use --precision fp32, int8 or int4, or --target openvino")  # fmt: skip
@@ -54,10 +58,13 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
     if precision.group_size not in _onnx_weights.GROUPS:
         raise UnsupportedError(f"ONNX Runtime has no kernels for groups of {precision.group_size} weights",
                                hint=f"use a --group-size of {', '.join(map(str, _onnx_weights.GROUPS))}")  # fmt: skip
-    if precision.gptq or precision.ratio < 1:
+    asked = [name for name in ("gptq", "fit", "bits") if getattr(precision, name)]
+    asked += ["a ratio below 1"] if precision.ratio < 1 else []
+    if asked:
         raise UnsupportedError(
-            f"{'gptq' if precision.gptq else 'a ratio below 1'} is not available for ONNX: weights are rounded to "
-            "nearest, without calibration", hint="leave it out, or use --target openvino")  # fmt: skip
+            f"{asked[0]} is not available for ONNX: weights are rounded to nearest, without calibration",
+            hint="leave it out, or use --target openvino",
+        )
     left_out = [name for name in ("awq", "scale_estimation") if getattr(precision, name)]
     notes = [f"{' and '.join(left_out)} off: for ONNX weights are rounded to nearest"] if left_out else []
     return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
@@ -217,9 +224,16 @@ def _forget(model: Any) -> None:
             value.metadata_props.clear()
 
 
-def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
+def quantise(
+    source: Path,
+    folder: Path,
+    precision: Precision,
+    calibration: Sequence[Sequence[int]] = (),
+    checkpoint: Checkpoint | None = None,
+) -> None:
     """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for
-    decoders and encoder-decoders, `_onnx_encoder` for encoders. `calibration` is not used."""
+    decoders and encoder-decoders, `_onnx_encoder` for encoders. `calibration` and `checkpoint` are not
+    used."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = Checkpoint(source).kind
     if kind == "seq2seq":

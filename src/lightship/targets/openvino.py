@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -20,7 +21,14 @@ from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings
 from lightship.errors import EngineError, SourceError, UnsupportedError
 from lightship.recipe import Precision
-from lightship.targets import _openvino_encoder, _openvino_grammar, _openvino_seq2seq, _openvino_weights
+from lightship.targets import (
+    _fitting,
+    _openvino_encoder,
+    _openvino_grammar,
+    _openvino_seq2seq,
+    _openvino_weights,
+    _sensitivity,
+)
 from lightship.targets._openvino_decoder import OpenVINOEngine
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
 from lightship.targets._sequential import refuse_lookup
@@ -88,14 +96,27 @@ def refuse(config: Mapping[str, Any]) -> None:
                                hint="use --target onnx")  # fmt: skip
 
 
+def settle(precision: Precision) -> tuple[Precision, list[str]]:
+    """`precision` as this target carries it out for a decoder, and what to tell about the difference."""
+    left_out = [name for name in ("awq", "scale_estimation") if precision.fit and getattr(precision, name)]
+    notes = [f"{' and '.join(left_out)} off: fit takes their place"] if left_out else []
+    return precision.model_copy(update=dict.fromkeys(left_out, False)), notes
+
+
 def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
     """`precision` as encoder-decoders are shipped at, and what to tell about the difference: no calibration.
 
-    Raises `UnsupportedError` for GPTQ, which needs it."""
+    Raises `UnsupportedError` for what needs it, and for keys and values in another precision than the arithmetic's."""
+    _refuse_kv(precision, "encoder-decoders")
+    if precision.name == "int8" and precision.tables != "int8":
+        raise UnsupportedError("encoder-decoders in int8 keep their tables in int8", hint="use --precision int4")
     if precision.name != "int4":
         return precision, []
-    if precision.gptq:
-        raise UnsupportedError("gptq is not available for encoder-decoders: they are quantised without calibration")
+    asked = [name for name in ("gptq", "fit", "bits") if getattr(precision, name)]
+    if asked:
+        raise UnsupportedError(
+            f"{asked[0]} is not available for encoder-decoders: they are quantised without calibration"
+        )
     left_out = [name for name in ("awq", "scale_estimation") if precision.data_aware and getattr(precision, name)]
     notes = [f"{' and '.join(left_out)} off: encoder-decoders are quantised without calibration"] if left_out else []
     return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
@@ -103,8 +124,14 @@ def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
 
 def settle_encoder(precision: Precision) -> None:
     """Raise `UnsupportedError` for precisions at which encoders are not shipped."""
-    if precision.name == "int4":
+    if precision.name == "int4" or precision.tables == "int4":
         raise UnsupportedError("encoders are not shipped at int4", hint="use --precision fp32, bf16 or int8")
+    _refuse_kv(precision, "encoders")
+
+
+def _refuse_kv(precision: Precision, kind: str) -> None:
+    if precision.kv != "auto":
+        raise UnsupportedError(f"kv is for decoders: {kind} are not served from a paged cache", hint="leave it out")
 
 
 def _trace(checkpoint: Checkpoint, dtype: str | None) -> Any:
@@ -193,9 +220,15 @@ def _check_tokenizer(encoder: Any, tokenizer: Any) -> None:
             )
 
 
-def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequence[Sequence[int]] = ()) -> None:
+def quantise(
+    source: Path,
+    folder: Path,
+    precision: Precision,
+    calibration: Sequence[Sequence[int]] = (),
+    checkpoint: Checkpoint | None = None,
+) -> None:
     """Compress the weights of the runtime folder `source` into `folder`, see `_openvino_weights`; `calibration` (token
-    sequences) feeds the data-aware options."""
+    sequences) feeds the data-aware options, `checkpoint`, the original, those that measure or fit."""
     import openvino as ov
 
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars would be drawn over ours
@@ -204,7 +237,11 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
         rows = [_graph_inputs(np.array([ids])) for ids in calibration]
         for name in graphs:
             graph = _openvino_seq2seq.read(source, name)
-            graph = _openvino_weights.compress(graph, precision, rows, decodes=Checkpoint(source).kind == "decoder")
+            planner = None
+            if precision.planned:
+                planner = functools.partial(_plan, precision, calibration, checkpoint, (source / name).stat().st_size)
+            decodes = Checkpoint(source).kind == "decoder"
+            graph = _openvino_weights.compress(graph, precision, rows, decodes=decodes, planner=planner)
             ov.save_model(graph, str(folder / name), compress_to_fp16=False)
             del graph
             gc.collect()
@@ -216,6 +253,29 @@ def quantise(source: Path, folder: Path, precision: Precision, calibration: Sequ
             shutil.copyfile(path, copy)
 
 
+def _plan(
+    precision: Precision,
+    calibration: Sequence[Sequence[int]],
+    checkpoint: Checkpoint | None,
+    text: int,
+    other: float,
+    matrices: int,
+) -> _openvino_weights.Plan:
+    """What becomes of a body of `matrices`: which stay in int8 to keep the budget, and what is fitted. The graph's
+    description takes `text` bytes before, its other constants `other`."""
+    if checkpoint is None or not calibration:
+        raise UnsupportedError("`bits` and `fit` need the original model and a calibration set")
+    model: Any = checkpoint.load("float32")
+    narrow = None
+    if precision.bits is not None:
+        budget = precision.bits / 8 * model.num_parameters()
+        budget -= text + other + _openvino_weights.MATRIX_TEXT * matrices
+        measured = _sensitivity.measure(model, calibration, precision.group_size)
+        narrow = _sensitivity.choose(measured, precision.group_size, budget)
+    fitted = _fitting.fit(model, calibration, precision.group_size, narrow) if precision.fit else {}
+    return _openvino_weights.Plan(narrow, fitted)
+
+
 def finish(folder: Path, precision: Precision) -> None:
     """Record in `engine.json` the precisions at which this folder is served; of an encoder-decoder join the weights."""
     if _is_pair(folder):
@@ -223,6 +283,8 @@ def finish(folder: Path, precision: Precision) -> None:
     settings = dict(SERVED_AT[precision.name])
     if precision.arithmetic == "f32":
         settings["inference_precision"] = "f32"
+    if precision.kv != "auto":
+        settings["kv_precision"] = precision.kv
     recorded = {"precision": precision.name, "settings": settings}
     (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
