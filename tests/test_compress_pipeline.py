@@ -10,6 +10,7 @@ import torch
 from lightship.checkpoint import Checkpoint
 from lightship.compress_pipeline import compress
 from lightship.compression.magnitude import Magnitude
+from lightship.encoder import read_pooling
 from lightship.errors import LightshipError, LimitExceeded, SourceError, UnknownName, UnsupportedError, UsageError
 from lightship.recipe import Recipe
 from tests.tiny import tiny_encoder, tiny_llama, tiny_seq2seq
@@ -84,7 +85,14 @@ def test_other_kinds(kind, tmp_path):
         "embedder": lambda folder: tiny_encoder(folder, "BertModel"),
         "t5": lambda folder: tiny_seq2seq(folder, "t5"),
     }
-    found = made(make[kind](tmp_path / "model").folder, tmp_path, HEAVY)
+    source = make[kind](tmp_path / "model").folder
+    if kind == "embedder":
+        (source / "1_Pooling").mkdir()
+        (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+        pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+        (source / "modules.json").write_text(json.dumps([{"path": "", "type": "x.Transformer"}, pooling]))
+    found = made(source, tmp_path, HEAVY)
+    assert read_pooling(found.checkpoint.folder) == read_pooling(source)
     name = "cosine_loss" if kind == "embedder" else "kld"
     assert next(each.value for each in found.made[0].metrics if each.name == name) > 1e-3
     assert (found.checkpoint.lineage[-1]["tokens"]) > 100

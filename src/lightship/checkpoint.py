@@ -402,6 +402,10 @@ def save(
             place = folder / path.relative_to(tokenizer_files_from)
             place.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, place)
+    for name in ("modules.json", "sentence_bert_config.json", *module_files(before.folder)):  # how an embedder pools
+        if (before.folder / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(before.folder / name, folder / name)
     structure = structure_of(model)
     if structure:
         write_json(folder / "structure.json", structure.written())
