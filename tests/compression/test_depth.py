@@ -204,6 +204,7 @@ def test_greedy_looks_at_the_model_as_it_is_cut(models, tmp_path):
         made = make_step("depth", {"layers": [first, number]}).apply(checkpoint, tmp_path / str(number), given)
         costs[number] = np.mean([kl(p, q) for p, q in zip(whole, said(made, given)[:3], strict=True)])
     assert second == min(costs, key=costs.__getitem__)
+    assert both.lineage[-1]["cost"][1] == pytest.approx(costs[second], rel=1e-3)
 
 
 def test_random_is_seeded_and_nested(models, tmp_path):
