@@ -24,7 +24,7 @@ def completed(*words):
 
 def test_verbs():
     assert completed("sh") == ["plain,ship", "plain,show"]
-    assert completed("comp") == ["plain,completion"]
+    assert completed("comp") == ["plain,compress", "plain,completion"]
 
 
 def test_options_and_their_values():

@@ -121,7 +121,7 @@ def test_kld_against_an_obvious_reference():
     random = np.random.default_rng(1)
     p, q = (divergence.log_softmax(random.normal(size=(7, 40)).astype(np.float32) * 3) for _ in range(2))
     label = np.array([0, 1, 2, 3, 4, 5, -1])
-    kld, top1, margin, error, original, candidate = divergence._compare_rows(p, q, label)
+    kld, top1, _, margin, error, original, candidate = divergence._compare_rows(p, q, label)
     for row in range(7):
         weights = np.exp(p[row].astype(float))
         assert kld[row] == pytest.approx(
