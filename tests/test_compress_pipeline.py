@@ -57,6 +57,15 @@ def test_finished_steps_are_found_again(small, tmp_path, monkeypatch):
     assert applied == [0.2, 0.01, 0.6]
 
 
+def test_another_corpus_at_the_same_path_is_another_step(small, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    steps = [{"vocabulary": {"corpus": str(corpus)}}]
+    corpus.write_text("the statement")
+    first = made(small.folder, tmp_path, *steps).checkpoint.kept_tokens
+    corpus.write_text("an expression of another kind, with other words in it")
+    assert len(made(small.folder, tmp_path, *steps).checkpoint.kept_tokens) != len(first)
+
+
 def test_a_limit_stops_the_step_that_breaks_it_and_keeps_what_was_made(small, tmp_path):
     with pytest.raises(LimitExceeded, match=r"step 2 magnitude: kld .* exceeds the limit 0\.01 by") as error:
         made(small.folder, tmp_path, LIGHT, HEAVY, LIGHT, limits={"kld": 0.01})

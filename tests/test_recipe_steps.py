@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 
 from lightship.bundle import Bundle
+from lightship.checkpoint import Checkpoint
 from lightship.compression.magnitude import Magnitude
 from lightship.errors import LimitExceeded, UnsupportedError
-from lightship.pipeline import convert, plan_run, run, ship
+from lightship.pipeline import check, convert, evaluate, plan_run, run, ship
 from lightship.recipe import Precision, Recipe
 from tests.tiny import tiny_encoder, tiny_llama
 
@@ -35,6 +36,29 @@ def test_from_recipe_to_bundle_and_back(small, tmp_path, monkeypatch):
     monkeypatch.setattr(Magnitude, "change", lambda *given: pytest.fail("the step was done before"))
     assert run(asked, runs=tmp_path / "runs").digest == bundle.digest
     assert Bundle.open(bundle.folder).digest == bundle.digest
+
+
+def test_a_cut_vocabulary_goes_all_the_way_and_is_measured_again(small, tmp_path):
+    """Nothing is lost for the tokens that were kept: not in the gates, not when the bundle is compared once more."""
+    asked = Recipe(source=str(small.folder), steps=[{"vocabulary": {"keep": 400}}], precision=Precision(name="fp32"))
+    bundle = ship(asked, tmp_path / "bundle")
+    runtime = Checkpoint(bundle.target_folder("openvino"))
+    assert runtime.vocabulary == len(runtime.kept_tokens) == 400
+    again = evaluate(bundle.folder, str(small.folder))
+    for report in (bundle.report, again):
+        assert next(metric.value for metric in report.metrics if metric.name == "kld") < 1e-5
+    assert check(bundle.folder, repeats=1).meta["verdict"].startswith("intact")
+
+
+def test_a_shortage_is_no_error_where_it_is_to_be_ignored(small, tmp_path, monkeypatch):
+    asked = recipe(small, limits={"kld": 0.5}, out=str(tmp_path / "bundle"))
+    monkeypatch.setattr("lightship.step.memory_available", lambda: 10)
+    with pytest.raises(UnsupportedError, match="the step magnitude needs about"):
+        convert(asked, tmp_path / "runtime")
+    (tmp_path / "runs" / asked.label / "x").mkdir(parents=True)
+    (tmp_path / "runs" / asked.label / "x" / "done.json").touch()
+    assert not any(step.done for step in plan_run(asked, runs=tmp_path / "runs").steps)
+    convert(asked, tmp_path / "runtime", ignore_shortage=True)
 
 
 def test_limits_hold_after_the_step_and_at_the_end(small, tmp_path):

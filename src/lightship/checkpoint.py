@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    TOOL_USE, "special_tokens_map.json", "structure.json", "modules.json", "sentence_bert_config.json",
+    TOOL_USE, "special_tokens_map.json", "structure.json", KEPT_FILE, "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 
 

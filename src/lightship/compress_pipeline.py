@@ -16,7 +16,7 @@ from typing import Any
 
 from lightship import several
 from lightship.calibration import Text
-from lightship.checkpoint import Checkpoint, write_json
+from lightship.checkpoint import Checkpoint, sha256, write_json
 from lightship.errors import UsageError
 from lightship.evaluation import calibrating, loss, memory
 from lightship.output import appear, check_out, scratch
@@ -120,7 +120,7 @@ def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: 
 def _record(recipe: Recipe, original: Checkpoint, work: Work) -> Stage:
     """What the original says, once for all steps."""
     depends = {"checkpoint": original.digest(), "text": calibrating.scoring_text(recipe, original).digest,
-               "file": recipe.text and Path(recipe.text).name, "level": recipe.evaluate}  # fmt: skip
+               "file": recipe.text and sha256(Path(recipe.text)), "level": recipe.evaluate}  # fmt: skip
     return work.stage("original", depends, lambda folder: loss.record(recipe, original, original, folder / "said"))
 
 
@@ -143,7 +143,8 @@ def _step(recipe: Recipe, step: Step, number: int, current: Checkpoint, text: Te
         gc.collect()
 
     depends = {"checkpoint": current.digest(), "step": step.name(), "options": step.model_dump(mode="json"),
-               "seed": recipe.seed, "calibration": text.digest}  # fmt: skip
+               "seed": recipe.seed, "calibration": text.digest,
+               "files": [sha256(path) for path in step.files()]}  # fmt: skip
     return work.stage(name, depends, make)
 
 

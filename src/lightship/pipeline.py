@@ -54,7 +54,7 @@ def ship(
     times = _tell(asked.plan(asked.stages(), out), progress, ignore_shortage)
     with scratch(out) as folder:
         work = Work(folder / "run", asked.stages(), progress, times)
-        return _seal(asked, work, _built(asked, work), out, folder)
+        return _seal(asked, work, _built(asked, work, ignore_shortage), out, folder)
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
     work.folder.mkdir(parents=True, exist_ok=True)
     made = work.folder / MADE
     with scratch(out) as folder:
-        built = _built(asked, work)
+        built = _built(asked, work, ignore_shortage)
         inputs = _inputs(asked.recipe, built)
         if out.exists():
             known = read_json(made) if made.is_file() else {}
@@ -93,18 +93,18 @@ def _inputs(recipe: Recipe, built: Built) -> str:
     return digest_of([published(recipe).model_dump(mode="json"), built.digests])
 
 
-def _built(asked: Settled, work: Work) -> Built:
+def _built(asked: Settled, work: Work, ignore_shortage: bool) -> Built:
     if asked.encoder:
         return encoder_pipeline.build(asked.recipe, work, tuple(asked.targets))
-    return decoder_pipeline.build(asked.recipe, work, asked.targets, _lighter(asked.recipe, work))
+    return decoder_pipeline.build(asked.recipe, work, asked.targets, _lighter(asked.recipe, work, ignore_shortage))
 
 
-def _lighter(recipe: Recipe, work: Work) -> decoder_pipeline.Lighter | None:
+def _lighter(recipe: Recipe, work: Work, ignore_shortage: bool) -> decoder_pipeline.Lighter | None:
     """What the steps of `recipe` make of its source; None where it has none."""
     steps = compress_pipeline.steps_of(recipe)
     if not steps:
         return None
-    found = compress_pipeline.walk(recipe, steps, work)
+    found = compress_pipeline.walk(recipe, steps, work, ignore_shortage=ignore_shortage)
     return decoder_pipeline.Lighter(found.original, found.checkpoint)
 
 
@@ -266,7 +266,7 @@ def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
         if asked.encoder:
             built: Built = encoder_pipeline.build(here, survey, tuple(asked.targets))
         else:
-            built = decoder_pipeline.walk(here, survey, asked.targets, _lighter(here, survey))
+            built = decoder_pipeline.walk(here, survey, asked.targets, _lighter(here, survey, True))
     except NotMade:
         return tuple(survey.found)
     made = folder / MADE
@@ -330,7 +330,7 @@ def convert(
         if asked.encoder:
             runtime = encoder_pipeline.gated(asked.recipe, work, (first,)).runtime(first)
         else:
-            lighter = _lighter(asked.recipe, work)
+            lighter = _lighter(asked.recipe, work, ignore_shortage)
             runtime = decoder_pipeline.gated(asked.recipe, work, asked.targets, lighter).folders[first]
         appear(runtime, out)
     return out

@@ -57,6 +57,10 @@ class Step(BaseModel):
         """Raise `UnsupportedError` for a model that this step cannot change, as far as its `config.json` tells: asked
         before any work."""
 
+    def files(self) -> list[Path]:
+        """The files that its options name: when they change, what it made is not found again."""
+        return []
+
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again."""
         return 2 * sum_of_parameters(checkpoint) * 4

@@ -36,6 +36,18 @@ def test_from_model_to_checkpoint(tmp_path):
     refused("compress", model, *options, cwd=tmp_path, says="exists already")
 
 
+def test_a_recipe_with_other_words_on_the_command_line(tmp_path):
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=128).folder
+    recipe = "source: elsewhere\nseed: 5\nsteps: [{magnitude: {sparsity: 0.01}}]\nlimits: {kld: 1e-9}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    given = ("compress", model, "--recipe", "recipe.yaml", "--out", "out", "--json")
+    refused(*given, cwd=tmp_path, code=1, says="exceeds the limit 1e-09")
+    done = lightship(*given, "--limit", "kld=9", "--seed", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"][0]["seed"] == 0, "what is given by hand wins, a default does not"
+    refused(*given[:4], "--step", "magnitude", cwd=tmp_path, says="steps are given twice")
+
+
 def test_what_it_refuses(tmp_path):
     refused("compress", tmp_path, says="no step is given")
     refused("compress", tmp_path, "--step", "magnitude", "--set", "sparsity=2", says="less than 1, received '2'")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from pydantic import ValidationError
 
 from lightship.cli.completion import models
@@ -55,7 +56,8 @@ def command(
     """Take SOURCE (a folder, a .gguf file, a hub id, or `demo`) through steps to a lighter checkpoint."""
     from lightship.compress_pipeline import compress, steps_of
 
-    recipe = _recipe(source, ctx.meta[ORDER], **given)
+    by_hand = {name for name in given if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    recipe = _recipe(source, ctx.meta[ORDER], by_hand, **given)
     if describe:
         for step in steps_of(recipe):
             click.echo(step.describe())
@@ -69,7 +71,8 @@ def command(
     click.echo(json.dumps(_plain(found)) if as_json else _table(found))
 
 
-def _recipe(source: str, order: Sequence[str], **given: Any) -> Any:
+def _recipe(source: str, order: Sequence[str], by_hand: Collection[str], **given: Any) -> Any:
+    """What the options describe; what is given `by_hand` goes before what a recipe says."""
     from lightship.recipe import Recipe, explain, read_recipe
 
     steps = _steps(order, given.pop("step"), given.pop("set"))
@@ -80,15 +83,11 @@ def _recipe(source: str, order: Sequence[str], **given: Any) -> Any:
         if steps:
             raise UsageError("steps are given twice", hint="give --recipe, or --step")
         base = read_recipe(Path(file))
-        return base.model_copy(update={"source": source, "limits": {**base.limits, **_numbers(limits)}})
+        other = {name: value for name, value in given.items() if name in by_hand}
+        read = base.model_dump(mode="json") | other | {"source": source, "limits": {**base.limits, **limits}}
+        return Recipe.model_validate(read)
     except ValidationError as error:
         raise UsageError(explain(error)) from error
-
-
-def _numbers(limits: dict[str, str]) -> dict[str, float]:
-    from lightship.recipe import Recipe
-
-    return Recipe(source="x", limits=limits).limits
 
 
 def _steps(order: Sequence[str], steps: Sequence[str], options: Sequence[str]) -> tuple[dict[str, Any], ...]:

@@ -61,6 +61,9 @@ class Vocabulary(Step):
             raise UnsupportedError("a model with one vocabulary to read and another to write cannot be cut",
                                    hint="leave the step vocabulary out")  # fmt: skip
 
+    def files(self) -> list[Path]:
+        return [] if self.corpus is None else [Path(self.corpus)]
+
     def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
         """`checkpoint` with fewer tokens, written into the new `folder` in its own dtype. Raises `UsageError` when
         `keep` is less than what must be kept."""
