@@ -13,18 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import models
+from benchmarks.exported import HEADING, SAID, compared
 from benchmarks.losses import SEEDS, Loss, calibration, measure, record_original, shown
-from benchmarks.page import DOCS, put, section, spread, table
+from benchmarks.page import DOCS, put, section, table
 from lightship.checkpoint import Checkpoint
-from lightship.engine import EngineSettings
-from lightship.evaluation import speed
 from lightship.evaluation.divergence import Reference
-from lightship.recipe import Precision
 from lightship.step import make_step
-from lightship.targets import openvino
 
 PAGE = DOCS / "compression.md"
 DROPS = (1, 2, 4, 6, 8)
@@ -40,7 +35,6 @@ WIDTHS: dict[str, dict[str, Any]] = {
         (0.8, True, "random", True),
     )
 }  # fmt: skip
-PROMPT, NEW = 256, 65  # tokens; 64 of the new ones are timed
 
 
 def cut(original: Checkpoint, folder: Path, step: str, options: Mapping[str, Any], seed: int = 0) -> Checkpoint:
@@ -87,39 +81,18 @@ def widths(original: Checkpoint, reference: Reference, work: Path) -> str:
 
 
 def speeds(original: Checkpoint, work: Path, repeats: int) -> str:
-    """Prefill and decode of int8 exports, all in this process and in turn; ratios to the whole model of one turn."""
+    """Prefill and decode of int8 exports in turn."""
     layers = int(original.config["num_hidden_layers"])
-    arms: dict[str, tuple[str, dict[str, Any]] | None] = {"whole": None}
-    arms |= {
-        f"−{count} of {layers} layers": ("depth", {"layers": range(layers - count, layers)}) for count in (2, 4, 8)
-    }
-    arms |= {f"mlp {share}": ("width", {"mlp": share, "importance": "random", "update": False}) for share in (0.9, 0.8)}
-    engines, found = {}, dict[str, list[tuple[float, float]]]()
-    for number, (label, how) in enumerate(arms.items()):
-        made = original if how is None else cut(original, work / f"{number}", *how)
-        folder = work / f"runtime {number}"
-        openvino.export(made, folder / "fp32")
-        openvino.quantise(folder / "fp32", folder / "int8", Precision(name="int8"))
-        openvino.finish(folder / "int8", Precision(name="int8"))
-        engines[label] = openvino.open(folder / "int8", EngineSettings(prefix_cache=False))
-    random = np.random.default_rng(0)
-    for repeat in range(repeats + 1):
-        for label, engine in engines.items():
-            first, rest = speed.once(engine, random.integers(0, original.vocabulary, PROMPT).tolist(), NEW)
-            if repeat:
-                found.setdefault(label, []).append((PROMPT / first, (NEW - 1) / rest))
-    rows = [["int8, OpenVINO", "prefill, tokens/s", "×", "decode, tokens/s", "×"]]
-    for label, values in found.items():
-        cells = [label]
-        for place in (0, 1):
-            cells.append(spread([each[place] for each in values], ".0f"))
-            cells.append(
-                spread([each[place] / whole[place] for each, whole in zip(values, found["whole"], strict=True)])
-            )
-        rows.append(cells)
+    arms = {"whole": original}
+    for count in (2, 4, 8):
+        options = {"layers": range(layers - count, layers)}
+        arms[f"−{count} of {layers} layers"] = cut(original, work / f"depth {count}", "depth", options)
+    for share in (0.9, 0.8):
+        options = {"mlp": share, "importance": "random", "update": False}
+        arms[f"mlp {share}"] = cut(original, work / f"width {share}", "width", options)
+    rows = [HEADING, *(each.cells() for each in compared(arms, work, repeats, ["openvino"], ["int8"]))]
     return (
-        f"{table(rows)}\n\nMedian (range) of {repeats} turns, in each of which every arm runs once; {PROMPT} prompt "
-        f"tokens, {NEW - 1} timed new ones, one request at a time. × is against the whole model of the same turn. "
+        f"{table(rows)}\n\nMedian (range) of {repeats} rounds, × against the whole model of the same round. {SAID} "
         "Which layers or channels are left out changes no speed."
     )
 

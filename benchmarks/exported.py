@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.page import spread
 from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings
+from lightship.evaluation.memory import artefact_bytes
 from lightship.evaluation.speed import once
 from lightship.find import find
 from lightship.recipe import Precision
@@ -58,6 +60,42 @@ def rounds(folders: Mapping[str, Path], target: str, count: int) -> dict[str, li
     return found
 
 
-def ratios(arm: Sequence[Speed], base: Sequence[Speed], name: str) -> list[float]:
-    """`name` (`prefill`, `decode`) of `arm` by that of `base`, round by round."""
-    return [getattr(one, name) / getattr(other, name) for one, other in zip(arm, base, strict=True)]
+@dataclass(frozen=True)
+class Timed:
+    """An arm in one runtime: bytes of its folder, its speeds, and those of the arm it is compared with."""
+
+    runtime: str
+    arm: str
+    size: int
+    speeds: Sequence[Speed]
+    base: Sequence[Speed]
+
+    def cells(self) -> list[str]:
+        """Under `HEADING`."""
+        found = [self.runtime, self.arm, f"{self.size / 1e6:.1f}"]
+        for name in ("prefill", "decode"):
+            found += [spread([getattr(each, name) for each in self.speeds], ".1f"), spread(self.ratios(name))]
+        return found
+
+    def ratios(self, name: str) -> list[float]:
+        """`name` (`prefill`, `decode`) by that of the base, round by round."""
+        return [getattr(one, name) / getattr(other, name) for one, other in zip(self.speeds, self.base, strict=True)]
+
+
+HEADING = ["", "", "MB", "prefill, tokens/s", "×", "decode, tokens/s", "×"]
+SAID = f"{PROMPT} prompt tokens, {NEW - 1} timed new ones, one request at a time."
+
+
+def compared(
+    arms: Mapping[str, Checkpoint], work: Path, count: int, targets: Sequence[str] = ("openvino", "onnx"),
+    precisions: Sequence[str] = ("fp32", "int8"),
+) -> Iterator[Timed]:  # fmt: skip
+    """Every arm in every runtime, against the first arm in the same round."""
+    first = next(iter(arms))
+    for target in targets:
+        for precision in precisions:
+            folders = {label: export(each, work / "runtime" / label, target, precision) for label, each in arms.items()}
+            found = rounds(folders, target, count)
+            for label, speeds in found.items():
+                yield Timed(f"{target} {precision}", label, artefact_bytes(folders[label]), speeds, found[first])
+            shutil.rmtree(work / "runtime")

@@ -16,7 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
-from lightship.calibration import calibration_set, default_text
+from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
 from lightship.evaluation.divergence import Reference, compare, passage_batches, record
 from lightship.evaluation.perplexity import quality
@@ -48,12 +48,12 @@ def record_original(original: Checkpoint, folder: Path, chunks: int = CHUNKS) ->
 def calibration(original: Checkpoint, seed: int, rows: int | None = None) -> Context:
     """Rows of 512 tokens that are never scored, every third from `seed` on: 20 of the demo model's, or `rows`."""
     encode, start = tokeniser(original)
-    text = default_text()
-    passages = calibration_set(text, encode, min(CHUNK, original.context_length), 1000, start=start)
+    text = default_text().split()[0]
+    passages = text.encode(encode, min(CHUNK, original.context_length), 1000, start=start)
     chosen = passages.sequences[seed::SEEDS][:rows]
     batches = tuple({"input_ids": np.array([row]), "attention_mask": np.ones((1, len(row)), np.int64)}
                     for row in chosen)  # fmt: skip
-    return Context(batches, text.split()[0], seed, lambda line: print(line, file=sys.stderr, flush=True))
+    return Context(batches, text, seed, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def measure(reference: Reference, candidate: Checkpoint) -> Loss:

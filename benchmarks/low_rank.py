@@ -12,31 +12,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import models
+from benchmarks.exported import HEADING, SAID, compared
 from benchmarks.losses import CHUNKS, SEEDS, Loss, calibration, measure, record_original, shown
 from benchmarks.page import DOCS, put, section, spread, table
 from lightship.checkpoint import Checkpoint, save
 from lightship.compression._allocation import Curve, Ranks
 from lightship.compression.svd import Moments, Svd
-from lightship.engine import EngineSettings
-from lightship.evaluation import speed
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
-from lightship.recipe import Precision
 from lightship.step import Context
 from lightship.structure import replace_module
-from lightship.targets import openvino
 
 PAGE = DOCS / "compression.md"
 KEEPS = (0.9, 0.8)
 SHARES = (1.1, 0.95, 0.8, 0.5)
-PROMPT, NEW = 256, 65  # tokens: 64 are timed
 MEASURED: dict[int, tuple[Moments, Moments]] = {}  # by seed: the arms of one seed read the same text
 
 
@@ -119,40 +114,8 @@ def latency(work: Path, repeats: int) -> str:
     """Ratios to the whole model in the same process, every arm in turn."""
     original = models.demo(work / "demo")
     cut = {f"{share:.0%} of each layer": cut_evenly(original, share, work / f"cut-{share}") for share in SHARES}
-    rows = [["", "weights", "bytes of weights", "prefill ×", "decode ×"]]
-    for precision in ("fp32", "int8"):
-        engines, sizes = {}, {}
-        for number, (label, checkpoint) in enumerate({"whole": original, **cut}.items()):
-            folder = work / f"{precision}-{number}"
-            openvino.export(checkpoint, folder)
-            if precision != "fp32":
-                exported, folder = folder, work / f"{precision}-{number}-rounded"
-                openvino.quantise(exported, folder, Precision(name=precision))
-            served = replace(EngineSettings(), **openvino.SERVED_AT[precision])
-            engines[label] = openvino.open(folder, served)
-            sizes[label] = (folder / openvino.GRAPH).with_suffix(".bin").stat().st_size
-        timed = _timed(engines, repeats)
-        for label in engines:
-            pairs = list(zip(timed[label], timed["whole"], strict=True))
-            ratios = [spread([mine[part] / whole[part] for mine, whole in pairs]) for part in (0, 1)]
-            rows.append([precision, label, f"{sizes[label]:,}", *ratios])
-        for engine in engines.values():
-            engine.close()
-    return (
-        f"{table(rows)}\n\nTokens/s divided by the whole model's, median (range) of {repeats} rounds in which every "
-        f"arm has its turn; {PROMPT} prompt tokens, {NEW - 1} new ones timed, batch 1, OpenVINO."
-    )
-
-
-def _timed(engines: Mapping[str, Any], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Prefill and decode, tokens/s, of every engine in turn after a warm-up."""
-    draw, found = np.random.default_rng(0), {label: [] for label in engines}
-    for repeat in range(repeats + 1):
-        for label, engine in engines.items():
-            first, rest = speed.once(engine, draw.integers(0, 49_152, PROMPT).tolist(), NEW)
-            if repeat:
-                found[label].append((PROMPT / first, (NEW - 1) / rest))
-    return found
+    rows = [HEADING, *(each.cells() for each in compared({"whole": original, **cut}, work, repeats, ["openvino"]))]
+    return f"{table(rows)}\n\nMedian (range) of {repeats} rounds, × against the whole model of the same round. {SAID}"
 
 
 def main() -> None:

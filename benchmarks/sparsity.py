@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import losses, models
-from benchmarks.exported import export, ratios, rounds
-from benchmarks.page import DOCS, put, section, spread, table
+from benchmarks.exported import HEADING, SAID, compared
+from benchmarks.page import DOCS, put, section, table
 from lightship.step import make_step
 
 PAGE = DOCS / "compression.md"
@@ -51,17 +51,8 @@ def speed(work: Path) -> None:
     for share in ZEROS:
         step = make_step("magnitude", {"sparsity": share})
         made[f"{share:.0%} zeros"] = step.apply(original, work / f"{share}", losses.calibration(original, 0, 1))
-    rows = [["", "", "prefill tokens/s", "decode tokens/s", "prefill ×", "decode ×"]]
-    for target in ("openvino", "onnx"):
-        for precision in ("fp32", "int8"):
-            folders = {label: export(each, work / "runtime" / label, target, precision) for label, each in made.items()}
-            found = rounds(folders, target, ROUNDS)
-            for label, speeds in found.items():
-                cells = [spread([getattr(each, name) for each in speeds], ".1f") for name in ("prefill", "decode")]
-                against = [spread(ratios(speeds, found["dense"], name)) for name in ("prefill", "decode")]
-                rows.append([f"{target} {precision}", label, *cells, *against])
-            shutil.rmtree(work / "runtime")
-    said = f"Median (lowest – highest) of {ROUNDS} rounds; × is against dense in the same round."
+    rows = [HEADING, *(each.cells() for each in compared(made, work, ROUNDS))]
+    said = f"Median (lowest – highest) of {ROUNDS} rounds; × is against dense in the same round. {SAID}"
     put("sparsity speed", f"{table(rows)}\n\n{said}", PAGE)
 
 

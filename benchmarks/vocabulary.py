@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models
-from benchmarks.exported import export, ratios, rounds
+from benchmarks.exported import HEADING, SAID, compared
 from benchmarks.page import DOCS, put, section, spread, table
 from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {"half": {"keep": 0.5}, "what the corpus needs
 CHUNKS = 12
 DOCUMENTS, CHARACTERS = 40, 1500
 ROUNDS = 5
-HEADING = ["", "tokens", "bytes on disk", "KLD over kept tokens", "probability of dropped tokens",
+LOST = ["", "tokens", "bytes on disk", "KLD over kept tokens", "probability of dropped tokens",
            "held-out text: tokens ×", "bits per byte"]  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def quality(work: Path) -> None:
     """What is saved, kept and lost."""
     original, texts = models.demo(work / "demo"), held_out()
     whole = read(original, open_scorer(original.folder), texts)
-    rows = [HEADING, ["original", f"{original.vocabulary:,}", f"{original.size_bytes:,}", "", "", "",
+    rows = [LOST, ["original", f"{original.vocabulary:,}", f"{original.size_bytes:,}", "", "", "",
                       f"{whole.bits_per_byte:.4f}"]]  # fmt: skip
     for name in ARMS:
         made = cut(original, work, name)
@@ -138,19 +138,11 @@ def speed(work: Path) -> None:
     """Decode of the exported graphs: each step reads the whole head."""
     original = models.demo(work / "demo")
     made = {"original": original, **{name: cut(original, work, name) for name in ARMS}}
-    rows = [["", "", "prefill tokens/s", "decode tokens/s", "prefill ×", "decode ×", "ms a step saved"]]
-    for target in ("openvino", "onnx"):
-        for precision in ("fp32", "int8"):
-            folders = {name: export(each, work / "runtime" / name, target, precision) for name, each in made.items()}
-            found = rounds(folders, target, ROUNDS)
-            base = found["original"]
-            for name, speeds in found.items():
-                cells = [spread([getattr(each, kind) for each in speeds], ".1f") for kind in ("prefill", "decode")]
-                against = [spread(ratios(speeds, base, kind)) for kind in ("prefill", "decode")]
-                saved = [1e3 / other.decode - 1e3 / one.decode for one, other in zip(speeds, base, strict=True)]
-                rows.append([f"{target} {precision}", name, *cells, *against, spread(saved)])
-            shutil.rmtree(work / "runtime")
-    said = f"Median (lowest – highest) of {ROUNDS} rounds; × is against the original in the same round."
+    rows = [[*HEADING, "ms a step saved"]]
+    for each in compared(made, work, ROUNDS):
+        saved = [1e3 / base.decode - 1e3 / one.decode for one, base in zip(each.speeds, each.base, strict=True)]
+        rows.append([*each.cells(), spread(saved)])
+    said = f"Median (lowest – highest) of {ROUNDS} rounds; × is against the original in the same round. {SAID}"
     put("vocabulary speed", f"{table(rows)}\n\n{said}", PAGE)
 
 

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from lightship.checkpoint import Checkpoint, safetensors_header
+from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.evaluation import calibrating, loss
 from lightship.find import names
 from lightship.kind import GENERATORS
 from lightship.layers import linears, weight_of
 from lightship.machine import matmul_rate, memory_bandwidth
-from lightship.recipe import Recipe
+from lightship.recipe import STEP_LIMITS, Recipe
 from lightship.sources import look
-from lightship.step import Context, Need, Step, make_step, step_class
+from lightship.step import Context, Need, Step, WeightStep, make_step, step_class
+from lightship.targets._integers import nearest
 from lightship.work import Progress, Work
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ TABLES = ("embed", "wte", "wpe", "shared", "lm_head")  # parts of the names of w
 DOMINATES = 0.3  # share of the weights from which on the vocabulary is worth a thought first
 
 
-class Rounded(Step):
-    """Weights as integers of few bits would have them: rounded to nearest, symmetric, a scale for each group."""
+class Rounded(WeightStep):
+    """Weights as integers of few bits would have them: rounded to nearest, a scale for each group."""
 
     bits: int = Field(8, ge=2, le=8, description="of the weights of linear layers; tables take 8")
     group: int = Field(0, ge=0, description="weights along the input that share a scale; 0: the whole row")
@@ -57,13 +58,11 @@ class Rounded(Step):
 
 
 def _round(weight: Any, bits: int, group: int) -> None:
-    rows, width = weight.shape
+    import torch
+
+    width = weight.shape[1]
     size = group if group and width % group == 0 else width
-    for start in range(0, rows, 4096):  # a table in float32 beside itself would double the memory
-        part = weight[start : start + 4096].reshape(-1, size)
-        most = 2 ** (bits - 1) - 1
-        scale = part.abs().amax(1, keepdim=True).clamp(min=1e-12) / most
-        weight[start : start + 4096] = ((part / scale).round().clamp(-most, most) * scale).reshape(-1, width)
+    weight.copy_(torch.from_numpy(nearest(weight.numpy(), bits, size).weights()))
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _try(
         if made.kept_tokens is not None:
             loss.record(recipe, original, made, said := folder / "restricted")
         losses = {each.name: each.value for each in loss.measure(recipe, made, said)
-                  if each.name in ("kld", "cosine_loss", "top1", "flips", "perplexity_ratio")}  # fmt: skip
+                  if each.name in STEP_LIMITS}  # fmt: skip
         size = rounded_bytes(original, step.bits, step.group) if isinstance(step, Rounded) else made.weight_bytes
         shares = size / original.weight_bytes, compute(made) / compute(original)
         found = Trial(kind.name(), options, kind.serves, *shares, losses, round(time.monotonic() - began, 1))
@@ -158,18 +157,13 @@ def _try(
 # ── Sizes, from the headers ─────────────────────────────────────────────────
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    headers = (safetensors_header(path) for path in checkpoint.weight_files)
-    return {name: entry["shape"] for header in headers for name, entry in header.items()}
-
-
 def _is_table(name: str) -> bool:
     return any(part in name for part in TABLES)
 
 
 def compute(checkpoint: Checkpoint) -> int:
     """Multiplications for a token, attention's own left out: the matrices of the body, and the head where it writes."""
-    shapes = _shapes(checkpoint)
+    shapes = checkpoint.shapes
     body = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and not _is_table(name))
     tables = [shape for name, shape in shapes.items() if len(shape) == 2 and checkpoint.vocabulary in shape]
     return body + (prod(tables[0]) if checkpoint.kind in GENERATORS and tables else 0)
@@ -178,7 +172,7 @@ def compute(checkpoint: Checkpoint) -> int:
 def rounded_bytes(checkpoint: Checkpoint, bits: int, group: int) -> int:
     """Bytes of the weights with matrices in `bits` (tables in 8) and scales of 16 bits, the rest in 16."""
     size = 0
-    for name, shape in _shapes(checkpoint).items():
+    for name, shape in checkpoint.shapes.items():
         count = prod(shape)
         if len(shape) != 2:
             size += 2 * count
@@ -193,7 +187,7 @@ def rounded_bytes(checkpoint: Checkpoint, bits: int, group: int) -> int:
 
 
 def _advice(original: Checkpoint, trials: tuple[Trial, ...], source: str) -> Advice:
-    shapes = _shapes(original)
+    shapes = original.shapes
     parameters = sum(map(prod, shapes.values()))
     tables = sum(prod(shape) for name, shape in shapes.items() if _is_table(name)) / parameters
     balance = matmul_rate() / 2 * 4 / memory_bandwidth()  # float32: two operations and four bytes a weight

@@ -145,11 +145,6 @@ def _needed(characters: float) -> str:
     return f"{round(2 * (characters + DOCUMENT_CHARACTERS) / CALIBRATION_SHARE, -3):,.0f}"
 
 
-def calibration_set(text: Text, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
-    """Sequences to calibrate with: from the documents that are never scored."""
-    return text.split()[0].encode(tokenize, length, count, start=start)
-
-
 def _text(name: str, documents: Iterable[Document], default: bool = False) -> Text:
     unique = {document.digest: document for document in documents if document.text.strip()}
     if not unique:

@@ -235,6 +235,12 @@ class Checkpoint:
         return sorted(self.folder.glob("*.safetensors"))
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every stored tensor by name, from the headers."""
+        headers = (safetensors_header(path) for path in self.weight_files)
+        return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the safetensors files that make the model."""
         return sum(path.stat().st_size for path in self.weight_files)

@@ -20,7 +20,7 @@ from lightship.checkpoint import Checkpoint, sha256, write_json
 from lightship.errors import UsageError
 from lightship.evaluation import calibrating, loss, memory
 from lightship.output import appear, check_out, scratch
-from lightship.recipe import Recipe
+from lightship.recipe import STEP_LIMITS, Recipe
 from lightship.report import Metric
 from lightship.sources import look
 from lightship.step import Step, make_step
@@ -38,7 +38,6 @@ class Made:
     size: int  # bytes of its weights
     metrics: list[Metric]
     entry: dict[str, Any]  # of its lineage
-    shown = ("kld", "top1", "flips", "perplexity_ratio", "cosine_loss")  # the metrics that people look at
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _gate(gate: Gate, name: str, made: Stage, current: Checkpoint) -> list[Metri
     stage = work.stage(f"gate {name}", {"made": made.digest, "original": gate.recorded.digest}, measure)
     metrics = several.metrics(stage.result)
     for metric in metrics:
-        if metric.name in Made.shown:
+        if metric.name in STEP_LIMITS:
             error = "" if metric.stderr is None else f" ± {metric.stderr:.1g}"
             work.say(f"{metric.name} {metric.value:.4g}{error}")
     hint = f"ask less of it, or allow more; what it made is in {current.folder}, the steps before it are kept"

@@ -36,7 +36,6 @@ from lightship.work import Progress, Stage, Work, digest_of
 
 TARGETS = ("openvino", "onnx")  # both are made and measured when the recipe names none
 EXACT = EngineSettings(inference_precision="f32", dynamic_quantisation_group=0)
-ROWS = {"quick": 64, "full": 256}  # texts to score on
 REPEATS = {"quick": 5, "full": 15}
 PER_TARGET = ("export", "gate export", "quantise", "gate")
 
@@ -72,7 +71,7 @@ def stages(targets: tuple[str, ...], convert: bool = False) -> tuple[str, ...]:
 
 def amount(recipe: Recipe, context: int) -> EncoderAmount:
     """What a run of `recipe` computes on with an encoder of `context`."""
-    return encoders.amount(context, ROWS[recipe.evaluate], REPEATS[recipe.evaluate])
+    return encoders.amount(context, encoders.SCORED[recipe.evaluate], REPEATS[recipe.evaluate])
 
 
 # ── Stages ──────────────────────────────────────────────────────────────────
@@ -182,7 +181,7 @@ def read(recipe: Recipe, work: Work) -> Source:
         work.say(f"pooling: {encoder.pooling.mode}{scaled}; {stated}")
     text = open_text(recipe.text, None)
     gate = encoders.gate_rows(encoder, open_text(None, None))
-    score = encoders.score_rows(encoder, text, ROWS[recipe.evaluate])
+    score = encoders.score_rows(encoder, text, encoders.SCORED[recipe.evaluate])
     describe = {"name": text.name, "default_only": text.default, "scoring_sha256": score.digest,
                 "calibration_sha256": None, "tokens": sum(map(len, score.rows))}  # fmt: skip
     return Source(checkpoint, encoder, gate, score, describe)

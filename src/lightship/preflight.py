@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightship import costs
-from lightship.checkpoint import Checkpoint, check_config, context_length, require, safetensors_header
+from lightship.checkpoint import Checkpoint, check_config, context_length, require
 from lightship.costs import Cost, Costs, Rates, Shape
 from lightship.encoder import context_of
 from lightship.encoder_costs import EncoderShape
@@ -54,7 +54,7 @@ def seen_in(checkpoint: Checkpoint) -> Seen:
     largest = max(files, key=lambda path: path.stat().st_size)
     layers = _first(config, LAYER_KEYS)
     vocabulary, context = config.get("vocab_size"), context_length(config)
-    shapes = [entry["shape"] for path in files for entry in safetensors_header(path).values()]
+    shapes = list(checkpoint.shapes.values())
     tables = [_product(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary]
     if any(config.get(key) for key in EXPERT_KEYS):
         return Seen(largest, config, reason="mixtures of experts have not been measured")

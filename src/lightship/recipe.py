@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,13 +252,13 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: {explain(error)}") from error
 
 
-def explain(error: ValidationError) -> str:
-    """The first mistake of a recipe in one line: which key, what was received, and the nearest known key."""
+def explain(error: ValidationError, known: Sequence[str] | None = None) -> str:
+    """The first mistake of a recipe in one line: which key, what was received, and the nearest of the `known` keys."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] != "extra_forbidden":
-        return f"{'.'.join(place)}: {first['msg']}, received {str(first['input'])[:80]!r}"
-    known = list((Precision if place[0] == "precision" else Recipe).model_fields)
+        return f"{'.'.join(place) + ': ' if place else ''}{first['msg']}, received {str(first['input'])[:80]!r}"
+    known = known or list((Precision if place[0] == "precision" else Recipe).model_fields)
     near = difflib.get_close_matches(place[-1], known, 1)
     advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown key {'.'.join(place)!r}; {advice}"

@@ -3,10 +3,11 @@ are the fields of its class, with meaning and range, so that recipes, help and c
 
 from __future__ import annotations
 
-import difflib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from lightship.errors import LightshipError, UnsupportedError, UsageError
 from lightship.find import find
 from lightship.machine import memory_available
 from lightship.preflight import gigabytes
+from lightship.recipe import explain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,9 +47,9 @@ class Context:
         return int(sum(batch["attention_mask"].sum() for batch in self.batches))
 
 
-class Step(BaseModel):
-    """The base of every step. A subclass has its options as fields and says in `change` what it does to a model, or in
-    `apply` where it changes more than weights."""
+class Step(BaseModel, ABC):
+    """The base of every step. A subclass has its options as fields and says in `apply` what it makes of a checkpoint;
+    `WeightStep` is for those that change a loaded model only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     serves: ClassVar[Need] = "nothing"  # which need it answers
@@ -63,7 +65,7 @@ class Step(BaseModel):
 
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again."""
-        return 2 * sum_of_parameters(checkpoint) * 4
+        return 2 * 4 * sum(map(prod, checkpoint.shapes.values()))
 
     def check_memory(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedError` where the step needs more memory than there is."""
@@ -74,18 +76,9 @@ class Step(BaseModel):
                 hint="free some, or go on with --ignore-shortage: a prediction can be wrong",
             )
 
-    def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
-        """Change `model`, loaded in float32, in place; returns figures to keep in the lineage (plain data)."""
-        raise NotImplementedError(f"{self.name()} changes no model by itself: use apply")
-
+    @abstractmethod
     def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
         """`checkpoint` changed, written into the new `folder` in its own dtype."""
-        import torch
-
-        torch.manual_seed(context.seed)
-        model = checkpoint.load("float32")
-        figures = self.change(model, context)
-        return self.write(model, checkpoint, folder, context, figures)
 
     def write(
         self,
@@ -125,20 +118,27 @@ class Step(BaseModel):
         return "\n".join(lines)
 
 
-def sum_of_parameters(checkpoint: Checkpoint) -> int:
-    """Numbers in the weight files, from their headers."""
-    from math import prod
+class WeightStep(Step):
+    """A step that changes the weights of a model, and its structure perhaps, but not its tokenizer."""
 
-    from lightship.checkpoint import safetensors_header
+    @abstractmethod
+    def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
+        """Change `model`, loaded in float32, in place; returns figures to keep in the lineage (plain data)."""
 
-    return sum(prod(entry["shape"]) for path in checkpoint.weight_files for entry in safetensors_header(path).values())
+    def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
+        import torch
+
+        torch.manual_seed(context.seed)
+        model = checkpoint.load("float32")
+        figures = self.change(model, context)
+        return self.write(model, checkpoint, folder, context, figures)
 
 
 def step_class(name: str) -> type[Step]:
     """The step in the file `name` of `compression/`, or of a plug-in. Raises `UnknownName`, `MissingExtra`."""
     module = find("compression", name)
     found = [each for _, each in inspect.getmembers(module, inspect.isclass)
-             if issubclass(each, Step) and each is not Step and each.__module__ == module.__name__]  # fmt: skip
+             if issubclass(each, Step) and each.__module__ == module.__name__]  # fmt: skip
     if len(found) != 1:
         raise UsageError(f"{module.__name__} defines {len(found)} steps, expected exactly one")
     return found[0]
@@ -156,14 +156,4 @@ def make_step(name: str, options: Mapping[str, Any]) -> Step:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise UsageError(f"step {name}: {_explain(error, list(kind.model_fields))}") from error
-
-
-def _explain(error: ValidationError, known: list[str]) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    if first["type"] != "extra_forbidden":
-        return f"{place + ': ' if place else ''}{first['msg']}, received {str(first['input'])[:80]!r}"
-    near = difflib.get_close_matches(place, known, 1)
-    advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}"
-    return f"unknown option {place!r}; {advice}"
+        raise UsageError(f"step {name}: {explain(error, list(kind.model_fields))}") from error

@@ -113,10 +113,7 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
     """What to change, in the order of what usually matters most. A target names in TUNABLE what it heeds. `drafted`:
     there is a draft. `only`: names of settings, or `target`; all where it is empty."""
     recorded = {target: _recorded(bundle.target_folder(target)) for target in bundle.targets}
-    here = machine()
-    bf16 = any(feature in here["features"] for feature in BF16)
-    quota = cpu_quota()
-    cores = int(here["cores"] or 1) if quota is None else max(min(int(quota), int(here["cores"] or 1)), 1)
+    bf16, cores = any(feature in machine()["features"] for feature in BF16), _cores()
 
     def targets(best: Candidate) -> list[Candidate]:
         return [Candidate(target, Chosen()) for target in bundle.targets if target != best.target]
@@ -180,6 +177,12 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
         raise UsageError(f"{', '.join(sorted(unknown))} is nothing that is tried",
                          hint=f"known are {', '.join(dict.fromkeys(name for name, _ in every))}")  # fmt: skip
     return [heeded(name, dimension) for name, dimension in every if not only or name in only]
+
+
+def _cores() -> int:
+    """That may be used here."""
+    cores, quota = int(machine()["cores"] or 1), cpu_quota()
+    return cores if quota is None else max(min(int(quota), cores), 1)
 
 
 def _tunable(target: str) -> Sequence[str]:

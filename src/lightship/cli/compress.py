@@ -128,9 +128,11 @@ def _plain(found: Compressed) -> dict[str, Any]:
 
 def _table(found: Compressed) -> str:
     """A row for each step: size, what is lost by then, time and memory."""
+    from lightship.recipe import STEP_LIMITS
+
     rows = [["", "weights, MB", "of the original", "loss", "seconds", "peak, GB"]]
     for number, made in enumerate(found.made, 1):
-        losses = ", ".join(f"{each.name} {each.value:.4g}" for each in made.metrics if each.name in made.shown)
+        losses = ", ".join(f"{each.name} {each.value:.4g}" for each in made.metrics if each.name in STEP_LIMITS)
         peak, share = made.entry["peak_bytes"], made.size / found.original.weight_bytes
         rows.append([f"{number} {made.step.name()}", f"{made.size / 1e6:.1f}", f"{share:.1%}", losses,
                      f"{made.entry['seconds']:.1f}", f"{peak / 1e9:.2f}" if peak else "not measured"])  # fmt: skip

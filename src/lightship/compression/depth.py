@@ -12,7 +12,7 @@ from lightship.compression._activations import read
 from lightship.compression._rebuilt import check_rebuilt
 from lightship.compression._stacks import Layers
 from lightship.errors import UnsupportedError, UsageError
-from lightship.step import Context, Inputs, Need, Step
+from lightship.step import Context, Inputs, Need, WeightStep
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STAY = "each stack keeps a layer at least, and those that are built unlike its others"
 
 
-class Depth(Step):
+class Depth(WeightStep):
     """Leave out whole layers. They are numbered from 0, those of a decoder after those of its encoder; one at least
     stays in each."""
 

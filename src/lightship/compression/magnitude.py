@@ -8,14 +8,14 @@ from pydantic import Field, model_validator
 
 from lightship.compression._patterns import PATTERN, Pattern, check_pattern, zero_groups
 from lightship.layers import linears, weight_of
-from lightship.step import Context, Step
+from lightship.step import Context, WeightStep
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-class Magnitude(Step):
+class Magnitude(WeightStep):
     """Zero the weights of linear layers that are smallest in magnitude. Embedding and head are left whole."""
 
     sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="share of the weights that become zero")

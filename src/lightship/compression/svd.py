@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from lightship.checkpoint import Checkpoint, safetensors_header
+from lightship.checkpoint import Checkpoint
 from lightship.compression._activations import second_moments
 from lightship.compression._allocation import Curve, Ranks, allocate, uniform
 from lightship.compression._gradients import fisher
 from lightship.errors import LightshipError, UnsupportedError
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
-from lightship.step import Context, Need, Step
+from lightship.step import Context, Need, WeightStep
 from lightship.structure import replace_module
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _check_finite(what: str, *given: torch.Tensor) -> None:
 
 # Ranks are even at least: OpenVINO (2026.4) computes wrongly in bf16 with int8 weights whose inner width is odd and
 # above 16 (KLD 2.0 at 17 on a tiny llama, 0.007 at 16 and 18).
-class Svd(Step):
+class Svd(WeightStep):
     """Factorise linear layers: a layer becomes two of an inner width, its rank, where that has fewer parameters, and
     stays whole elsewhere. The ranks are those that a quadratic model of the answers' KL divergence finds cheapest; its
     sum over the layers is kept as `predicted_kld` (nats an answer)."""
@@ -108,11 +108,10 @@ class Svd(Step):
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """The weights and their factors in float32; the moments of both sides of every matrix but the embeddings; what
         a gradient over 512 tokens keeps."""
-        entries = [entry for path in checkpoint.weight_files for entry in safetensors_header(path).values()]
-        shapes = [entry["shape"] for entry in entries if len(entry["shape"]) == 2]
-        inner = [shape for shape in shapes if checkpoint.vocabulary not in shape]
-        moments = sum(8 * int(side) ** 2 for shape in inner for side in shape)
-        kept = 4 * TOKENS * (2 * sum(int(side) for shape in inner for side in shape) + 4 * checkpoint.vocabulary)
+        shapes = (shape for shape in checkpoint.shapes.values() if len(shape) == 2)
+        sides = [side for shape in shapes if checkpoint.vocabulary not in shape for side in shape]
+        moments = sum(8 * side**2 for side in sides)
+        kept = 4 * TOKENS * (2 * sum(sides) + 4 * checkpoint.vocabulary)
         return super().predicted_bytes(checkpoint) + moments + kept
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:

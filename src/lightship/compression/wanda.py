@@ -10,13 +10,13 @@ from lightship.compression._activations import norms
 from lightship.compression._patterns import PATTERN, Pattern, check_pattern, zero_groups, zero_rows
 from lightship.errors import UnsupportedError
 from lightship.layers import linears, weight_of
-from lightship.step import Context, Step
+from lightship.step import Context, WeightStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Wanda(Step):
+class Wanda(WeightStep):
     """Zero the weights of linear layers whose |W_ij|·‖X_j‖₂ is smallest within output i, X_j being input j over the
     calibration set. Embedding and head are left whole.
 

@@ -13,7 +13,7 @@ from lightship.compression._activations import norms, second_moments
 from lightship.compression._rebuilt import changed, check_rebuilt
 from lightship.compression._units import Kind, Units, allocate, heads, inputs_of, mlps, refit, spread
 from lightship.errors import UsageError
-from lightship.step import Context, Need, Step
+from lightship.step import Context, Need, WeightStep
 from lightship.structure import llama_layers
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MOMENTS = 2**30  # bytes of second moments that are held at a time
 RIDGE = 0.1  # of the mean of the diagonal; at 0.001 a fit to 3 000 tokens made the demo model worse than none
 
 
-class Width(Step):
+class Width(WeightStep):
     """Cut heads and MLP channels out of every layer: as much less work, in every runtime. Heads are cut together with
     their keys and values, in whole groups."""
 

@@ -31,6 +31,7 @@ from lightship.report import Metric
 Floats = npt.NDArray[np.float32]
 LENGTHS = (3, 5, 9, 16, 23, 32, 48, 64, 128)  # tokens of a row, in turn
 GATE_ROWS, BATCH = 24, 8
+SCORED = {"quick": 64, "full": 256}  # texts to score on
 LONGEST = 2048  # tokens of the gate's longest row; attention needs memory for the square of it
 QUESTION = 12  # words
 PADDED = 50  # tokens of a row once padded, on average: most paragraphs are shorter than the length asked for

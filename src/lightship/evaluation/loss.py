@@ -26,7 +26,6 @@ from lightship.recipe import Recipe
 from lightship.report import Metric
 from lightship.seq2seq import Seq2Seq
 
-ENCODER_ROWS = {"quick": 64, "full": 256}
 BYTES = "bytes.json"
 
 
@@ -102,7 +101,7 @@ def _texts(recipe: Recipe, checkpoint: Checkpoint) -> Texts | PairTexts:
 
 def _rows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Encoder, Rows]:
     encoder = Encoder.load(checkpoint.folder)
-    return encoder, encoders.score_rows(encoder, open_text(recipe.text, None), ENCODER_ROWS[recipe.evaluate])
+    return encoder, encoders.score_rows(encoder, open_text(recipe.text, None), encoders.SCORED[recipe.evaluate])
 
 
 def _engine(checkpoint: Checkpoint) -> Any:

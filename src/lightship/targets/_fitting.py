@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from lightship.errors import UnsupportedError, UsageError
+from lightship.layers import weight_of
 from lightship.targets._integers import Floats, Integers, compensated
-from lightship.targets._sensitivity import body, key_of, matrix_of
+from lightship.targets._sensitivity import body, key_of
 
 DAMPING = 0.1  # of the mean of the Hessian's diagonal: how far a matrix may move to make good what came before it
 LEAST_TOKENS = 2048  # of calibration; with fewer than a matrix has inputs, the fit is to noise
@@ -36,7 +37,7 @@ def fit(
         raise UsageError(f"the calibration text has {sum(map(len, rows))} tokens, fitting needs {LEAST_TOKENS}",
                          hint="give a longer --text")  # fmt: skip
     modules = {name: module for name, module in body(model).items() if narrow is None or _key(module) in narrow}
-    odd = [name for name, module in modules.items() if matrix_of(module).shape[1] % group]
+    odd = [name for name, module in modules.items() if weight_of(module).shape[1] % group]
     if odd:
         raise UnsupportedError(f"groups of {group} do not divide the width of {odd[0]}",
                                hint="choose a --group-size that does, such as 64 or 32")  # fmt: skip
@@ -50,7 +51,7 @@ def fit(
 
 
 def _key(module: Any) -> str:
-    return key_of(matrix_of(module).float().numpy())
+    return key_of(weight_of(module).float().numpy())
 
 
 @dataclass
@@ -76,7 +77,7 @@ class _State:
         if inputs is not self.inputs:
             before, now = original.flatten(0, -2), current.flatten(0, -2)
             self.inputs, self.hessian, self.drift = inputs, now.T @ now, (before - now).T @ now
-        matrix = matrix_of(module).float()
+        matrix = weight_of(module).float()
         integers = fitted(matrix.numpy(), self.hessian.numpy(), self.drift.numpy(), self.group)
         self.found[key_of(matrix.numpy())] = integers
         self.reached.add(name)

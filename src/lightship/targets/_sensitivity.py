@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightship.errors import UnsupportedError
+from lightship.layers import weight_of
 from lightship.targets._integers import Floats, nearest
 
 ROWS, TOKENS = 2, 256  # that each matrix is measured on: differences are paired, so few tokens tell them apart
@@ -41,12 +42,6 @@ def body(model: Any) -> dict[str, Any]:
     return {name: module for name, module in found if isinstance(module, nn.Linear | Conv1D) and module is not head}
 
 
-def matrix_of(module: Any) -> Any:
-    """The weights of a `body` module as a tensor (outputs, inputs), a view of them."""
-    weight = module.weight.data
-    return weight if hasattr(module, "in_features") else weight.T
-
-
 def measure(model: Any, rows: Sequence[Sequence[int]], group: int) -> list[Cost]:
     """For every matrix of `model`'s body what rounding it, and nothing else, to int4 in groups of `group` costs on the
     first tokens of `rows`. Layers before the matrix are not computed again."""
@@ -58,7 +53,7 @@ def measure(model: Any, rows: Sequence[Sequence[int]], group: int) -> list[Cost]
         exact = _logprobs(model, ids)
         replay.recorded = True
         for name, module in body(model).items():
-            matrix = matrix_of(module)
+            matrix = weight_of(module)
             kept = matrix.clone()
             whole = kept.float().numpy()
             replay.start_at(name)
