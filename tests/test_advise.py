@@ -30,13 +30,15 @@ def test_sizes_from_the_headers(small):
 
 
 def test_rounding_is_what_it_says(small, tmp_path):
+    """Sixteen levels; the weight furthest from zero lies on the end with one level more, so the other may be cut."""
     made = Rounded(bits=4, group=32).apply(small, tmp_path / "made", context(small))
     before, after = (each.load().model.layers[0].mlp.up_proj.weight.detach().reshape(-1, 32) for each in (small, made))
-    step = before.abs().amax(1, keepdim=True) / 7
-    assert ((after / step).round() - after / step).abs().max() < 1e-3 and (
-        after - before
-    ).abs().max() <= step.max() / 2 + 1e-6
-    assert len((after[0] / step[0]).round().unique()) > 4
+    step = before.abs().amax(1, keepdim=True) / 8
+    levels = after / step
+    assert (levels.round() - levels).abs().max() < 1e-2 and levels.abs().round().max() == 8
+    error = ((after - before) / step).abs()
+    assert error.max() <= 1.01 and error[before.abs() < 7 * step].max() <= 0.51
+    assert len(levels[0].round().unique()) > 4
 
 
 def test_advice(small):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lightship.errors import UnsupportedError, UsageError
+from lightship.layers import weight_of
 from lightship.targets import _fitting, _sensitivity
 from lightship.targets._integers import nearest
-from lightship.targets._sensitivity import Cost, body, choose, key_of, matrix_of
+from lightship.targets._sensitivity import Cost, body, choose, key_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 GROUP = 32
@@ -28,27 +29,27 @@ def drift(model, integers, ids):
     """Mean KLD of `model` with `integers` in place of its matrices."""
     other = copy.deepcopy(model)
     for module in body(other).values():
-        key = key_of(matrix_of(module).numpy())
+        key = key_of(weight_of(module).numpy())
         if key in integers:
-            matrix_of(module).copy_(torch.from_numpy(integers[key].weights()))
+            weight_of(module).copy_(torch.from_numpy(integers[key].weights()))
     with torch.inference_mode():
         exact, found = (each(input_ids=torch.tensor(ids)).logits.log_softmax(-1) for each in (model, other))
     return float((exact.exp() * (exact - found)).sum(-1).mean())
 
 
 def rounded(model, only=None):
-    matrices = [matrix_of(module).numpy() for module in body(model).values()]
+    matrices = [weight_of(module).numpy() for module in body(model).values()]
     return {key_of(matrix): nearest(matrix, 4, GROUP) for matrix in matrices if only in (None, key_of(matrix))}
 
 
 def test_fitted_is_nearer_than_rounded(model):
     """On tokens it has not seen. The model is left as it was."""
-    before = {name: matrix_of(module).clone() for name, module in body(model).items()}
+    before = {name: weight_of(module).clone() for name, module in body(model).items()}
     found = _fitting.fit(model, rows(16), GROUP)
     assert set(found) == set(rounded(model))
     unseen = rows(4, seed=1)
     assert drift(model, found, unseen) < 0.9 * drift(model, rounded(model), unseen)
-    assert all(torch.equal(before[name], matrix_of(module)) for name, module in body(model).items())
+    assert all(torch.equal(before[name], weight_of(module)) for name, module in body(model).items())
     assert not any("forward" in vars(module) for module in body(model).values())
 
 

@@ -9,9 +9,10 @@ from pydantic import ValidationError
 
 from lightship.engine import EngineSettings, GenerationParams
 from lightship.errors import UnsupportedError
+from lightship.layers import weight_of
 from lightship.recipe import Precision
 from lightship.targets import openvino as target
-from lightship.targets._sensitivity import body, key_of, matrix_of
+from lightship.targets._sensitivity import body, key_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 ROWS = np.random.default_rng(0).integers(4, 500, (16, 128)).tolist()
@@ -107,7 +108,7 @@ def test_fitted_integers_are_stored_as_they_are(exported, tmp_path):
         weights = openvino.Model([node.input_value(1)], [])
         found += list(openvino.compile_model(weights, "CPU", exact)([]).values())
     for module in body(model).values():
-        expected = fitted[key_of(matrix_of(module).numpy())].weights()
+        expected = fitted[key_of(weight_of(module).numpy())].weights()
         assert any(each.shape == expected.shape and np.allclose(each, expected, rtol=2**-9) for each in found)
 
 
