@@ -38,7 +38,7 @@ class _Data(BaseModel):
 
 
 class Precision(_Data):
-    """The precision of the weights, and of the keys and values. Every option after `tables` concerns int4 only."""
+    """The precision of the weights, and of the keys and values. Every option after `activations` concerns int4 only."""
 
     name: PrecisionName = "int8"
     arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: the processor's fastest")
@@ -47,6 +47,9 @@ class Precision(_Data):
     )
     tables: Literal["int8", "int4"] = Field(
         "int8", description="embedding and head, where the weights are integers; a tied table stays one"
+    )
+    activations: Literal["auto", "int8"] = Field(
+        "auto", description="int8: rounded as they come, each token by itself, in groups; auto: the target's default"
     )
     group_size: int = Field(64, ge=16, le=1024, description="weights along the input that share one scale")
     ratio: float = Field(
@@ -89,8 +92,10 @@ class Precision(_Data):
         idle = [name for name in INT4_ONLY if getattr(self, name) != fields[name].default]
         if self.name != "int4" and idle:
             raise ValueError(f"{', '.join(idle)} changes nothing at {self.name}: it is for int4")
-        if self.name not in ("int8", "int4") and self.tables != "int8":
-            raise ValueError(f"tables changes nothing at {self.name}: it is for int8 and int4")
+        if self.name not in ("int8", "int4"):
+            idle = [name for name in ("tables", "activations") if getattr(self, name) != fields[name].default]
+            if idle:
+                raise ValueError(f"{idle[0]} changes nothing at {self.name}: it is for int8 and int4")
         return self
 
     @model_validator(mode="after")

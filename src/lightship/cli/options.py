@@ -28,6 +28,8 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      "precisions fp32, bf16, f16, q8_0, q5_0 and q4_0, and is converted to only."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
                      help="What it computes in; auto is the processor's fastest."),
+        click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
+                     help="int8 and int4: activations rounded for each token as they come, in groups; gated as well."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
         click.option("--ratio", type=float, default=1.0, show_default=True, help="int4: share of the body; rest int8."),
         click.option("--awq/--no-awq", default=True, show_default=True, help="int4: activation-aware scaling."),
@@ -74,7 +76,7 @@ def _with(command: Callable[..., Any], options: list[Decorator]) -> Callable[...
 
 def recipe_of(source: str, **given: Any) -> Recipe:
     """The recipe that the options above describe."""
-    names = ("arithmetic", "kv", "tables", "group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
+    names = ("arithmetic", "kv", "tables", "activations", "group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
     try:
         return Recipe(
             source=source,

@@ -1,4 +1,5 @@
-"""Replace linear layers by products of two smaller ones, of the ranks that lose least."""
+"""Replace linear layers, embedding and head too where asked, by products of two smaller ones, of the ranks that lose
+least."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pydantic import Field
 from lightship.checkpoint import Checkpoint
 from lightship.compression._activations import second_moments
 from lightship.compression._allocation import Curve, Ranks, allocate, uniform
+from lightship.compression._embedding import factorise_tables
 from lightship.compression._gradients import fisher
 from lightship.errors import LightshipError, UnsupportedError
 from lightship.layers import linears, weight_of
@@ -101,6 +103,9 @@ class Svd(WeightStep):
         multiple_of=2,
         description="ranks are multiples of it; 32 or 64 when rounded to 4 bits in such groups later",
     )
+    embedding: float | None = Field(
+        None, gt=0.0, lt=1.0, description="share of the parameters of embedding and head that is kept; None: all"
+    )
     damping: float = Field(
         0.01, gt=0.0, le=1.0, description="share of the mean second moment that every direction has besides its own"
     )
@@ -131,6 +136,10 @@ class Svd(WeightStep):
             "of": len(ranks),
             "predicted_kld": sum(curves[name].loss(rank) for name, rank in ranks.items()),
         }
+        if self.embedding is not None:
+            figures["embedding_lost"] = factorise_tables(
+                model, self.embedding, self.multiple, context.batches, weighed=self.method in ("fisher", "whitened")
+            )
         context.say(f"{figures['factorised']} of {len(ranks)} linear layers factorised, {figures['kept']:.2%} of their "
                     f"parameters kept; KL divergence predicted {figures['predicted_kld']:.3g} nats")  # fmt: skip
         return figures

@@ -50,6 +50,9 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
     if precision.kv not in ("auto", "f32"):
         raise UnsupportedError(f"ONNX graphs keep keys and values in float32, not in {precision.kv}",
                                hint="leave kv out, or use --target openvino")  # fmt: skip
+    if precision.activations == "int8" and precision.arithmetic == "f32":
+        raise UnsupportedError("on ONNX Runtime the arithmetic f32 leaves activations in floats",
+                               hint="leave out activations or arithmetic, or use --target openvino")  # fmt: skip
     if precision.name == "bf16":
         raise UnsupportedError("ONNX Runtime has no bf16 matrix product on CPU",
                                hint="use --precision fp32, int8 or int4, or --target openvino")  # fmt: skip
@@ -231,15 +234,15 @@ def quantise(
     calibration: Sequence[Sequence[int]] = (),
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for
-    decoders and encoder-decoders, `_onnx_encoder` for encoders. `calibration` and `checkpoint` are not
-    used."""
+    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for models
+    that generate and where activations are rounded for each token, else `_onnx_encoder` for encoders. `calibration` and
+    `checkpoint` are not used."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = Checkpoint(source).kind
     if kind == "seq2seq":
         pair = {name: _onnx_weights.rounded(source / name, precision) for name in _onnx_seq2seq.GRAPHS}
         _onnx_seq2seq.save(pair, folder)
-    elif kind != "decoder":
+    elif kind != "decoder" and precision.activations == "auto":
         _onnx_encoder.quantise(source / GRAPH, folder / GRAPH, DATA)
     else:
         _onnx_weights.quantise(source / GRAPH, folder / GRAPH, DATA, precision)
@@ -257,7 +260,7 @@ def finish(folder: Path, precision: Precision) -> None:
         group = _onnx_weights.group(precision)
         recorded["weights"] = f"rounded to nearest, symmetric, one scale for {group}, no calibration"
         recorded["activations"] = "8 bits" if precision.arithmetic == "auto" else "float32"
-    if precision.name == "int8" and Checkpoint(folder).kind not in GENERATORS:
+    if precision.name == "int8" and precision.activations == "auto" and Checkpoint(folder).kind not in GENERATORS:
         recorded["weights"] = "int8, symmetric, one scale per output channel"
         recorded["activations"] = "quantised as they come"
     (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")

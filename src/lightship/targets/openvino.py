@@ -43,6 +43,7 @@ NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 TUNABLE = ("inference_precision", "kv_precision", "dynamic_quantisation_group", "max_batched_tokens", "max_num_seqs",
            "prefix_cache", "threads", "prompt_lookup", "draft_tokens")  # what `tune` may try  # fmt: skip
 GRAPH = "openvino_model.xml"
+ACTIVATION_GROUP = 32  # activations of a token that share a scale where they are rounded
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
 # fp32 the other approximations are off too; the rest take the runtime's default arithmetic for this processor.
@@ -283,6 +284,8 @@ def finish(folder: Path, precision: Precision) -> None:
     settings = dict(SERVED_AT[precision.name])
     if precision.arithmetic == "f32":
         settings["inference_precision"] = "f32"
+    if precision.activations == "int8":
+        settings["dynamic_quantisation_group"] = ACTIVATION_GROUP
     if precision.kv != "auto":
         settings["kv_precision"] = precision.kv
     recorded = {"precision": precision.name, "settings": settings}
