@@ -73,8 +73,8 @@ class LowRankEmbedding(nn.Module):  # type: ignore[misc]  # torch has no types h
     @classmethod
     def of(cls, table: nn.Embedding, rank: int) -> LowRankEmbedding:
         """As `table`, with its dtype; contents undefined."""
-        weight = table.weight
-        return cls(*weight.shape, rank, device=weight.device, dtype=weight.dtype)
+        tokens, width = table.weight.shape
+        return cls(tokens, width, rank, device=table.weight.device, dtype=table.weight.dtype)
 
 
 def tables(model: Any) -> dict[str, nn.Module]:

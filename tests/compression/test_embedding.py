@@ -91,8 +91,8 @@ def test_every_table_of_a_model_becomes_a_product(kind, tmp_path):
     mended = source.load("float32")  # the same products, multiplied out
     for name, each in model.named_modules():
         if isinstance(each, LowRank) and name not in heads:
-            mended.get_submodule(name).weight.data.copy_((each.expand.weight @ each.reduce.weight).data.T
-                                                         if kind == "gpt2" else (each.expand.weight @ each.reduce.weight).data)  # fmt: skip
+            product = (each.expand.weight @ each.reduce.weight).data
+            mended.get_submodule(name).weight.data.copy_(product.T if kind == "gpt2" else product)
     for name, each in (found | heads).items():
         table = mended.get_submodule(name)
         scale = getattr(table, "scalar_embed_scale", 1.0)
@@ -132,7 +132,7 @@ def test_a_vocabulary_can_be_cut_after_it(tmp_path):
 def test_shares_without_a_rank_and_a_second_time_are_refused(tmp_path):
     source = tiny_llama(tmp_path / "source")
     given = context(source)
-    with pytest.raises(UsageError, match="embedding: .*less than 1"):
+    with pytest.raises(UsageError, match=r"embedding: .*less than 1"):
         make_step("svd", {"embedding": 1.0})
     with pytest.raises(UnsupportedError, match="no rank of a table"):
         make_step("svd", {"embedding": 0.01}).apply(source, tmp_path / "none", given)

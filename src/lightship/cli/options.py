@@ -76,7 +76,19 @@ def _with(command: Callable[..., Any], options: list[Decorator]) -> Callable[...
 
 def recipe_of(source: str, **given: Any) -> Recipe:
     """The recipe that the options above describe."""
-    names = ("arithmetic", "kv", "tables", "activations", "group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
+    names = (
+        "arithmetic",
+        "kv",
+        "tables",
+        "activations",
+        "group_size",
+        "ratio",
+        "bits",
+        "awq",
+        "scale_estimation",
+        "gptq",
+        "fit",
+    )
     try:
         return Recipe(
             source=source,

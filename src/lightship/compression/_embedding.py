@@ -52,7 +52,9 @@ def best_rank(tokens: int, width: int, keep: float, multiple: int) -> int:
     return rank
 
 
-def factorise_tables(model: Any, keep: float, multiple: int, batches: Sequence[Inputs], *, weighed: bool) -> list[float]:
+def factorise_tables(
+    model: Any, keep: float, multiple: int, batches: Sequence[Inputs], *, weighed: bool
+) -> list[float]:
     """Put products in the place of embedding and head, in place; tables that are one stay one. Returns what each
     loses, as a share (see `factors`).
 
@@ -68,10 +70,11 @@ def factorise_tables(model: Any, keep: float, multiple: int, batches: Sequence[I
         groups.setdefault(id(module.weight), []).append(name)
     seen = _read(model, batches) if weighed else None
     counts = _counts(len(next(iter(found.values())).weight), batches if weighed else ())
-    made, losses = {}, []
+    made: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
+    losses = []
     for names in groups.values():
         table: Any = found[names[0]].weight.data.float()
-        rank = best_rank(*table.shape, keep, multiple)
+        rank = best_rank(len(table), table.shape[1], keep, multiple)
         columns = _columns([found[name] for name in names], table.shape[1], seen)
         tall, wide, lost = factors(table, rank, counts, columns)
         losses.append(lost)

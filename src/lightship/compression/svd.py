@@ -130,7 +130,7 @@ class Svd(WeightStep):
         for name, rank in ranks.items():
             if rank is not None:
                 replace_module(model, name, _cut(layers[name], spectra[name], rank))
-        figures = {
+        figures: dict[str, Any] = {
             "kept": sum(curves[name].cost(rank) for name, rank in ranks.items()) / whole,
             "factorised": sum(rank is not None for rank in ranks.values()),
             "of": len(ranks),

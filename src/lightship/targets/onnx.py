@@ -234,9 +234,9 @@ def quantise(
     calibration: Sequence[Sequence[int]] = (),
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for models
-    that generate and where activations are rounded for each token, else `_onnx_encoder` for encoders. `calibration` and
-    `checkpoint` are not used."""
+    """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for
+    models that generate and where activations are rounded for each token, else `_onnx_encoder` for encoders.
+    `calibration` and `checkpoint` are not used."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = Checkpoint(source).kind
     if kind == "seq2seq":
