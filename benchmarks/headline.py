@@ -82,7 +82,7 @@ class Ground:
         own = pieces(self._ids[SHARED + 7 * (place % 50) :], OWN, self.count + 3)
         rows = [self._ids[:SHARED] + row for row in own]
         times = poisson(STEP**place, seed=1, count=self.count).times
-        return Load(rows[:3], rows[3:], OUT, times=list(times))
+        return Load(rows[:3], rows[3:], OUT, times=list(times), counted=True)  # most ids of this model are no token
 
     def _row(self, place: int, run: Run) -> list[str]:
         return [f"{STEP**place:.3f}", f"{run.within(self.ttft, self.tpot):.0%}", f"{run.high('ttft'):.2f}",

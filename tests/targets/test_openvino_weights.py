@@ -16,7 +16,7 @@ from lightship.targets._sensitivity import body, key_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 ROWS = np.random.default_rng(0).integers(4, 500, (16, 128)).tolist()
-PLAIN = {"name": "int4", "group_size": 32, "awq": False, "scale_estimation": False}
+PLAIN = {"name": "int4", "group_size": 32, "fit": False}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,7 @@ def test_keys_and_values_have_a_precision(exported, tmp_path, kv):
         ({"name": "bf16", "tables": "int4"}, "tables changes nothing at bf16"),
         ({"name": "int4", "bits": 5.0, "ratio": 0.5}, "leave it out beside bits or fit"),
         ({"name": "int4", "fit": True, "gptq": True}, "leave out gptq"),
+        ({"name": "bf16", "activations": "int8"}, "activations changes nothing at bf16"),
         ({"name": "int4", "bits": 3.0}, "greater than or equal to 4"),
         ({"name": "int4", "all_layers": True, "tables": "int4"}, "the older name"),
     ],
@@ -180,3 +181,13 @@ def test_what_makes_no_sense_is_refused(options, says):
 def test_recipes_of_the_first_version_are_read():
     assert Precision(name="int4", all_layers=True) == Precision(name="int4", tables="int4")
     assert Precision(name="int8", all_layers=False) == Precision(name="int8")
+    assert Precision(name="int8", awq=True, scale_estimation=True) == Precision(name="int8")  # the default then
+    stored = Precision.model_validate({"name": "int4", "awq": True, "scale_estimation": True, "gptq": False})
+    assert stored.awq and stored.scale_estimation and not stored.fit
+
+
+def test_matrices_are_fitted_unless_another_way_is_asked_for():
+    assert Precision(name="int4").fit and Precision(name="int4", bits=6.0).fit
+    assert not any(Precision(name="int4", **{name: True}).fit for name in ("awq", "scale_estimation", "gptq"))
+    assert not Precision(name="int4", ratio=0.5).fit
+    assert not Precision(name="int8").data_aware and not Precision(name="int4", fit=False).data_aware

@@ -16,7 +16,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.kind import GENERATORS
-from lightship.recipe import Precision
+from lightship.recipe import NNCF, Precision
 from lightship.sampling import log_softmax
 from lightship.targets import _onnx_encoder, _onnx_seq2seq, _onnx_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
@@ -43,9 +43,9 @@ Floats = npt.NDArray[np.float32]
 def settle(precision: Precision) -> tuple[Precision, list[str]]:
     """`precision` as this target carries it out, and what to tell about the difference. Asked before any work.
 
-    Weights are rounded to nearest: AWQ and scale estimation, on by default, are set to off and said to be. Raises
-    `UnsupportedError` for bf16, GPTQ, mixed 4 and 8 bits in the body, groups that the kernels do not know, and keys and
-    values in anything but float32.
+    Weights are rounded to nearest: fitting, on by default, is set to off and said to be. Raises `UnsupportedError` for
+    bf16, NNCF's ways to round, mixed 4 and 8 bits in the body, groups that the kernels do not know, keys and values in
+    anything but float32, and activations in integers and floats at once.
     """
     if precision.kv not in ("auto", "f32"):
         raise UnsupportedError(f"ONNX graphs keep keys and values in float32, not in {precision.kv}",
@@ -61,16 +61,15 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
     if precision.group_size not in _onnx_weights.GROUPS:
         raise UnsupportedError(f"ONNX Runtime has no kernels for groups of {precision.group_size} weights",
                                hint=f"use a --group-size of {', '.join(map(str, _onnx_weights.GROUPS))}")  # fmt: skip
-    asked = [name for name in ("gptq", "fit", "bits") if getattr(precision, name)]
+    asked = [name for name in (*NNCF, "bits") if getattr(precision, name)]
     asked += ["a ratio below 1"] if precision.ratio < 1 else []
     if asked:
         raise UnsupportedError(
             f"{asked[0]} is not available for ONNX: weights are rounded to nearest, without calibration",
             hint="leave it out, or use --target openvino",
         )
-    left_out = [name for name in ("awq", "scale_estimation") if getattr(precision, name)]
-    notes = [f"{' and '.join(left_out)} off: for ONNX weights are rounded to nearest"] if left_out else []
-    return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
+    notes = ["fit off: for ONNX weights are rounded to nearest"] if precision.fit else []
+    return precision.model_copy(update={"fit": False}), notes
 
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
