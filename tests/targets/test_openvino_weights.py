@@ -97,7 +97,7 @@ def test_fitted_integers_are_stored_as_they_are(exported, tmp_path):
     from lightship.targets._fitting import fit
 
     checkpoint, _ = exported
-    folder = quantised(exported, tmp_path, **PLAIN, fit=True)
+    folder = quantised(exported, tmp_path, **{**PLAIN, "fit": True})
     model = checkpoint.load("float32")
     fitted = fit(model, ROWS, 32)
     graph = openvino.Core().read_model(folder / target.GRAPH)
@@ -122,7 +122,7 @@ def test_a_budget_is_kept(exported, tmp_path, fit):
         folder = quantised(exported, tmp_path / label, **options)
         sizes[label] = sum(path.stat().st_size for path in folder.glob("openvino_model.*"))
     half = (sizes["int8"] + sizes["int4"]) / 2 * 8 / weights
-    folder = quantised(exported, tmp_path / "mixed", **PLAIN, bits=half, fit=fit)
+    folder = quantised(exported, tmp_path / "mixed", **{**PLAIN, "bits": half, "fit": fit})
     assert sum(path.stat().st_size for path in folder.glob("openvino_model.*")) * 8 / weights <= half
     assert {bits for bits, shape in stored(folder) if shape[0] != checkpoint.vocabulary} == {4, 8}
 
@@ -138,7 +138,7 @@ def test_gpt2_is_fitted_too(tmp_path):
     """Its matrices lie the other way round, and its positions are a table."""
     checkpoint = tiny_gpt2(tmp_path / "model")
     target.export(checkpoint, tmp_path / "fp32", "float32")
-    folder = quantised((checkpoint, tmp_path / "fp32"), tmp_path / "int4", **PLAIN, fit=True)
+    folder = quantised((checkpoint, tmp_path / "fp32"), tmp_path / "int4", **{**PLAIN, "fit": True})
     assert sorted(bits for bits, _ in stored(folder)) == [4] * 8 + [8, 8]
     assert np.isfinite(logits(folder)).all()
 

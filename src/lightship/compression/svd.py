@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -112,12 +113,13 @@ class Svd(WeightStep):
 
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """The weights and their factors in float32; the moments of both sides of every matrix but the embeddings; what
-        a gradient over 512 tokens keeps."""
-        shapes = (shape for shape in checkpoint.shapes.values() if len(shape) == 2)
+        a gradient over 512 tokens keeps; an embedding that is factorised, in float64."""
+        shapes = [shape for shape in checkpoint.shapes.values() if len(shape) == 2]
         sides = [side for shape in shapes if checkpoint.vocabulary not in shape for side in shape]
         moments = sum(8 * side**2 for side in sides)
         kept = 4 * TOKENS * (2 * sum(sides) + 4 * checkpoint.vocabulary)
-        return super().predicted_bytes(checkpoint) + moments + kept
+        tables = [prod(shape) for shape in shapes if checkpoint.vocabulary in shape] if self.embedding else []
+        return super().predicted_bytes(checkpoint) + moments + kept + 3 * 8 * max(tables, default=0)
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         layers = linears(model)
