@@ -27,8 +27,6 @@ from lightship.step import Step, make_step
 from lightship.work import Progress, Stage, Work
 
 MARK = "lineage.json"  # a checkpoint of ours has it
-# Stages of a run that goes on to a bundle: what the lighter checkpoint says, and what the original says.
-COMPRESSED, REFERENCE = "compressed", "reference"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import numpy.typing as npt
 from lightship import several
 from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint, sha256
-from lightship.compress_pipeline import COMPRESSED, REFERENCE, Compressed
 from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError
 from lightship.evaluation import divergence, golden, loss, memory, pairs, parity, perplexity, replay
@@ -39,6 +38,7 @@ from lightship.report import Metric, Report
 from lightship.serving import tools
 from lightship.several import Passed, Runtime
 from lightship.sources import look
+from lightship.step import COMPRESSED, REFERENCE, Lighter
 from lightship.template import load_template
 from lightship.work import Progress, Stage, Work, digest_of
 
@@ -144,7 +144,7 @@ def _by_target(evaluated: Stage) -> dict[str, list[Metric]]:
     return {target: several.metrics(found) for target, found in evaluated.result["targets"].items()}
 
 
-def build(recipe: Recipe, work: Work, targets: Targets, lighter: Compressed | None = None) -> Built:
+def build(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None = None) -> Built:
     """From the source, or from what steps made of it, to all that a bundle is packed from. Raises `LimitExceeded` when
     a gate fails; of several targets those that fail are left out, and said, as long as one passes."""
     built = walk(recipe, work, targets, lighter)
@@ -152,13 +152,13 @@ def build(recipe: Recipe, work: Work, targets: Targets, lighter: Compressed | No
     return built
 
 
-def walk(recipe: Recipe, work: Work, targets: Targets, lighter: Compressed | None = None) -> Built:
+def walk(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None = None) -> Built:
     """As `build`, but a divergence above its limit on the scored text is no error."""
     found = gated(recipe, work, targets, lighter)
     return Built(found, _evaluate(recipe, work, found.source, found.folders, found.digests))
 
 
-def gated(recipe: Recipe, work: Work, targets: Targets, lighter: Compressed | None = None) -> Gated:
+def gated(recipe: Recipe, work: Work, targets: Targets, lighter: Lighter | None = None) -> Gated:
     """From the source to runtime folders that passed every gate; one at least. The export must say what the checkpoint
     says, the finished folder what the original says."""
     source = _read(recipe, work) if lighter is None else _source(recipe, lighter.checkpoint, lighter.original)

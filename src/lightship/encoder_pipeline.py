@@ -17,7 +17,6 @@ from typing import Any
 from lightship import several
 from lightship.bundle import Bundle, pack
 from lightship.checkpoint import Checkpoint
-from lightship.compress_pipeline import COMPRESSED, REFERENCE, Compressed
 from lightship.encoder import Encoder
 from lightship.encoder_costs import EncoderAmount
 from lightship.engine import EngineSettings
@@ -33,6 +32,7 @@ from lightship.recipe import COSINE_LIMITS, KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report, named
 from lightship.several import Passed, Runtime
 from lightship.sources import look
+from lightship.step import COMPRESSED, REFERENCE, Lighter
 from lightship.work import Progress, Stage, Work, digest_of
 
 TARGETS = ("openvino", "onnx")  # both are made and measured when the recipe names none
@@ -145,7 +145,7 @@ def _limit(recipe: Recipe, encoder: Encoder, precision: str | None = None) -> fl
     return max(limits[precision], parse_accepts(recipe.accept).get(name, 0.0))
 
 
-def build(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Compressed | None = None) -> Built:
+def build(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Lighter | None = None) -> Built:
     """From the source, or from what steps made of it, to everything a bundle is packed from. Raises `LimitExceeded`
     when a gate fails; of several targets those that fail are left out, and said, as long as one passes."""
     found = gated(recipe, work, targets, lighter)
@@ -154,7 +154,7 @@ def build(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Compres
     return Built(found, _evaluate(recipe, work, found.source, runtimes, depends, check=True))
 
 
-def gated(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Compressed | None = None) -> Gated:
+def gated(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Lighter | None = None) -> Gated:
     """From the source to runtime folders that passed every gate; one at least. The export must say what the checkpoint
     says, the finished folder what the original says."""
     source = read(recipe, work) if lighter is None else _source(recipe, work, lighter.checkpoint, lighter.original)

@@ -16,7 +16,6 @@ from types import ModuleType
 from lightship import compress_pipeline, costs, decoder_pipeline, encoder_costs, encoder_pipeline
 from lightship.bundle import MANIFEST, Bundle
 from lightship.checkpoint import read_json, write_json
-from lightship.compress_pipeline import Compressed
 from lightship.costs import Costs, Rates
 from lightship.decoder_pipeline import TARGET, Targets
 from lightship.encoder_costs import EncoderShape
@@ -32,6 +31,7 @@ from lightship.preflight import Plan, Seen, check_packages, first_look, plan
 from lightship.recipe import NEAREST, SHIPPED, Precision, Recipe
 from lightship.report import Report
 from lightship.sources import look, peek
+from lightship.step import Lighter
 from lightship.work import DONE, NotMade, Progress, Survey, Work, digest_of
 
 Built = decoder_pipeline.Built | encoder_pipeline.Built
@@ -101,10 +101,13 @@ def _built(asked: Settled, work: Work, ignore_shortage: bool) -> Built:
     return decoder_pipeline.build(asked.recipe, work, asked.targets, lighter)
 
 
-def _lighter(recipe: Recipe, work: Work, ignore_shortage: bool) -> Compressed | None:
+def _lighter(recipe: Recipe, work: Work, ignore_shortage: bool) -> Lighter | None:
     """What the steps of `recipe` make of its source; None where it has none."""
     steps = compress_pipeline.steps_of(recipe)
-    return compress_pipeline.walk(recipe, steps, work, ignore_shortage=ignore_shortage) if steps else None
+    if not steps:
+        return None
+    found = compress_pipeline.walk(recipe, steps, work, ignore_shortage=ignore_shortage)
+    return Lighter(found.original, found.checkpoint)
 
 
 def _seal(asked: Settled, work: Work, built: Built, out: Path, folder: Path) -> Bundle:

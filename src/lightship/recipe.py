@@ -42,7 +42,7 @@ class Precision(_Data):
     """The precision of the weights, and of the keys and values. Every option after `activations` concerns int4 only."""
 
     name: PrecisionName = "int8"
-    arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: the processor's fastest")
+    arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: as the runtime chooses")
     kv: Literal["auto", "f32", "bf16", "u8", "u4"] = Field(
         "auto", description="what keys and values are kept in; auto: as the runtime chooses, in fp32 f32"
     )

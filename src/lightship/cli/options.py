@@ -27,7 +27,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      "first). Of generating models onnx serves one request at a time; gguf is for llama.cpp, with the "
                      "precisions fp32, bf16, f16, q8_0, q5_0 and q4_0, and is converted to only."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
-                     help="What it computes in; auto is the processor's fastest."),
+                     help="What it computes in; auto: as the runtime chooses, `tune` finds the fastest."),
         click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
                      help="int8 and int4: activations rounded for each token as they come, in groups; gated as well."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
