@@ -82,7 +82,7 @@ class Ground:
         own = pieces(self._ids[SHARED + 7 * (place % 50) :], OWN, self.count + 3)
         rows = [self._ids[:SHARED] + row for row in own]
         times = poisson(STEP**place, seed=1, count=self.count).times
-        return Load(rows[:3], rows[3:], OUT, times=list(times))
+        return Load(rows[:3], rows[3:], OUT, times=list(times), counted=True)  # most ids of this model are no token
 
     def _row(self, place: int, run: Run) -> list[str]:
         return [f"{STEP**place:.3f}", f"{run.within(self.ttft, self.tpot):.0%}", f"{run.high('ttft'):.2f}",
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["int8", "bf16"], default=["int8", "bf16"])
     parser.add_argument("--requests", type=int, default=30, help="at each rate")
     parser.add_argument("--start", type=float, default=0.3, help="requests a second to begin at")
+    parser.add_argument("--rates", type=float, nargs="+", help="just these, to the next 5 %%, instead of a search")
     parser.add_argument("--ttft", type=float, default=3.0, help="seconds")
     parser.add_argument("--tpot", type=float, default=0.25, help="seconds")
     parser.add_argument("--tuned", action="store_true", help="with what `lightship tune` found for the bundles")
@@ -135,7 +136,9 @@ def main() -> None:
         bundle = made(asked.folder, precision)
         settings, engine = tuned(bundle) if asked.tuned else (None, "untuned")
         ground = Ground(bundle, asked.requests, asked.ttft, asked.tpot, asked.port + 100 * place, settings)
-        for arm in (0, 1):
+        for rate in asked.rates or ():
+            ground.holds(0, round(math.log(rate, STEP)))
+        for arm in (0, 1) if not asked.rates else ():
             ground.search(arm, round(math.log(asked.start, STEP)))
         rows += ground.rows()
         said.append(f"{ground.said()} ({engine})")

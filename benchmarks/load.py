@@ -28,13 +28,15 @@ from lightship.bench.wire import Door, Place
 @dataclass(frozen=True)
 class Load:
     """Prompts as token ids and the tokens of each answer. `clients` in a closed loop, or `times`, seconds after the
-    start at which each of `rows` is due. `warm` is asked before, and measured nowhere."""
+    start at which each of `rows` is due. `warm` is asked before, and measured nowhere. `counted`: tokens are seen by
+    the usage that comes with each, since the model says many that have no text."""
 
     warm: list[list[int]]
     rows: list[list[int]]
     new: int
     clients: int | None = None
     times: list[float] | None = None
+    counted: bool = False
 
     @property
     def warming(self) -> Load:
@@ -91,7 +93,7 @@ class Run:
 async def generate(url: str, load: Load, record: Path | None = None) -> Run:
     """Put the load on: streamed completion requests, greedy, with their usage. `record` gets the stream of one more."""
     door = Door(Place.of(url), keep_alive=False)
-    requests = Trace(tuple(Line(row, load.new, None) for row in load.rows), Manner())
+    requests = Trace(tuple(Line(row, load.new, None) for row in load.rows), Manner(continuous=load.counted))
     if load.times is None:
         assert load.clients is not None
         run = whole(await closed_loop(door, requests, load.clients))

@@ -27,13 +27,13 @@ from lightship.targets.pytorch import open_scorer
 
 PAGE = DOCS / "quantisation.md"
 POOL = 160  # rows that the calibration rows of a seed are drawn from, where the text has as many
-PLAIN = {"name": "int4", "awq": False, "scale_estimation": False}
+PLAIN = {"name": "int4", "fit": False}
 EQUAL = {
     "nearest": Precision(**PLAIN),
-    "AWQ": Precision(name="int4", scale_estimation=False),
-    "AWQ, scale estimation": Precision(name="int4"),
-    "AWQ, scale estimation, GPTQ": Precision(name="int4", gptq=True),
-    "fit": Precision(**PLAIN, fit=True),
+    "AWQ": Precision(name="int4", awq=True),
+    "AWQ, scale estimation": Precision(name="int4", awq=True, scale_estimation=True),
+    "AWQ, scale estimation, GPTQ": Precision(name="int4", awq=True, scale_estimation=True, gptq=True),
+    "fit": Precision(name="int4"),
 }
 BUDGETS = (5.3, 5.7, 6.1, 6.5, 6.9, 7.3, 7.7, 8.0)
 ROUNDED = {
@@ -41,8 +41,8 @@ ROUNDED = {
     **{f"nearest, {share:.0%} of the body": Precision(**PLAIN, ratio=share) for share in (0.75, 0.5, 0.25)},
     "int8": Precision(name="int8"),
 }
-MIXED = {f"fit, at most {bits} bits": Precision(**PLAIN, fit=True, bits=bits) for bits in BUDGETS}
-TABLES = {"fit, tables in int4": Precision(**PLAIN, fit=True, tables="int4"),
+MIXED = {f"fit, at most {bits} bits": Precision(name="int4", bits=bits) for bits in BUDGETS}
+TABLES = {"fit, tables in int4": Precision(name="int4", tables="int4"),
           "nearest, tables in int4": Precision(**PLAIN, tables="int4")}  # fmt: skip
 
 

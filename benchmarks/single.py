@@ -84,8 +84,8 @@ def main() -> None:
     for weights in ("int8", "bf16"):
         bundle = made(asked.folder, weights)
         size = (bundle.target_folder("openvino") / "openvino_model.bin").stat().st_size
-        for arithmetic, group in ((None, None), ("f32", None), ("f32", 32), ("bf16", None)):
-            if weights != "bf16" or arithmetic is None:
+        for arithmetic, group in ((None, None), ("f32", None), ("f32", 32), ("f32", 128), ("bf16", None)):
+            if weights == "int8" or (group is None and arithmetic != "bf16"):
                 settings = EngineSettings(inference_precision=arithmetic, dynamic_quantisation_group=group)
                 said = f"{arithmetic or 'default'} arithmetic" + (f", activations in int8 by {group}" if group else "")
                 arms[f"lightship {weights}, {said}"] = ours(bundle, settings), size

@@ -43,8 +43,8 @@ def test_int8_is_smaller_and_gated(llama, tmp_path):
 
 
 def test_a_failed_gate_ships_nothing(llama, tmp_path):
-    recipe = Recipe(source=str(llama.folder), precision=Precision(name="int4", awq=False, scale_estimation=False,
-                                                                  group_size=32), accept=("kld<=1e-9",))  # fmt: skip
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name="int4", fit=False, group_size=32),
+                    accept=("kld<=1e-9",))  # fmt: skip
     with pytest.raises(LimitExceeded, match="mean KLD"):
         ship(recipe, tmp_path / "int4")
     assert list(tmp_path.iterdir()) == []
@@ -137,12 +137,12 @@ def test_golden_cases_through_the_pipeline(llama, tmp_path):
 
 
 def test_groups_that_do_not_fit_are_an_error_of_ours(llama, tmp_path):
-    recipe = Recipe(source=str(llama.folder), precision=Precision(name="int4", group_size=96, awq=False))
+    recipe = Recipe(source=str(llama.folder), precision=Precision(name="int4", group_size=96))
     with pytest.raises(UnsupportedError, match="groups of 96"):
         convert(recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize("option", [{"group_size": 32}, {"gptq": True}, {"awq": False}, {"ratio": 0.5}])
+@pytest.mark.parametrize("option", [{"group_size": 32}, {"gptq": True}, {"awq": True}, {"fit": False}, {"ratio": 0.5}])
 def test_options_that_would_change_nothing_are_refused(option):
     with pytest.raises(ValidationError, match="changes nothing at int8"):
         Precision(name="int8", **option)

@@ -203,7 +203,7 @@ def test_a_second_target_adds_time_and_disk_and_what_the_first_leaves_in_memory(
 
 
 @pytest.mark.parametrize("precision", [
-    Precision(name="fp32"), Precision(name="int8"), Precision(name="int4", awq=False, scale_estimation=False),
+    Precision(name="fp32"), Precision(name="int8"), Precision(name="int4", fit=False),
 ], ids=["fp32", "int8", "int4"])  # fmt: skip
 def test_onnx_takes_more_memory_and_disk(llama, precision):
     """Its exports are in float32, its scales are finer, and its room is not given back."""

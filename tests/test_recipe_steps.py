@@ -69,7 +69,29 @@ def test_limits_hold_after_the_step_and_at_the_end(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_encoder_is_compressed_first(tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("BertForSequenceClassification", "kld"), ("BertModel", "cosine_loss")]
+)
+def test_an_encoder_goes_all_the_way(tmp_path, architecture, name):
+    encoder = tiny_encoder(tmp_path / "bert", architecture)
+    asked = recipe(encoder, limits={name: 0.5}, out=str(tmp_path / "bundle"))
+    bundle = run(asked, runs=tmp_path / "runs")
+    figures = {metric.name: metric.value for metric in bundle.report.metrics}
+    assert figures[f"export_gate_{name}"] < 1e-6 < 1e-5 < figures[f"gate_{name}"], "exact export, the loss of the step"
+    assert figures[name] > 1e-5 and bundle.report.meta[f"limit_{name}"] == 0.5
+    assert bundle.manifest["source"]["digest"] == encoder.digest() and sorted(bundle.targets) == ["onnx", "openvino"]
+    assert all(step.done for step in plan_run(asked, runs=tmp_path / "runs").steps)
+    again = evaluate(bundle.folder, str(encoder.folder)).get(name)
+    assert again.value == pytest.approx(figures[name], rel=0.1)
+    assert check(bundle.folder, repeats=1).meta["verdict"].startswith("intact")
+    with pytest.raises(LimitExceeded, match=f"step 1 magnitude: {name}"):
+        convert(recipe(encoder, 0.5, limits={name: 1e-7}), tmp_path / "runtime")
+
+
+def test_an_encoder_with_a_cut_vocabulary_says_what_it_said(tmp_path):
     encoder = tiny_encoder(tmp_path / "bert", "BertForSequenceClassification")
-    with pytest.raises(UnsupportedError, match="steps of a recipe are for models that generate"):
-        ship(recipe(encoder), tmp_path / "bundle")
+    asked = Recipe(source=str(encoder.folder), steps=[{"vocabulary": {"keep": 400}}], precision=Precision(name="fp32"))
+    bundle = ship(asked, tmp_path / "bundle")
+    assert Checkpoint(bundle.target_folder(bundle.targets[0])).vocabulary == 400
+    for report in (bundle.report, evaluate(bundle.folder, str(encoder.folder))):
+        assert report.get("kld").value < 1e-6

@@ -103,10 +103,10 @@ def test_each_has_the_precision_that_it_can(llama, tmp_path):
                     accept=("kld<=3",))  # fmt: skip
     said = []
     bundle = ship(recipe, tmp_path / "out", progress=said.append)
-    assert any("awq and scale_estimation off: for ONNX" in line for line in said)
+    assert any("fit off: for ONNX" in line for line in said)
     found = bundle.report.meta["precisions"]
-    assert (found["openvino"]["awq"], found["onnx"]["awq"]) == (True, False)
-    assert bundle.manifest["recipe"]["precision"]["awq"]  # as it was asked for, to be made again
+    assert (found["openvino"]["fit"], found["onnx"]["fit"]) == (True, False)
+    assert bundle.manifest["recipe"]["precision"]["fit"]  # as it was asked for, to be made again
 
 
 def test_the_one_that_is_left_says_how_it_was_rounded(llama, tmp_path, monkeypatch):
@@ -119,8 +119,8 @@ def test_the_one_that_is_left_says_how_it_was_rounded(llama, tmp_path, monkeypat
     recipe = Recipe(source=str(llama.folder), target=BOTH, precision=Precision(name="int4", group_size=32),
                     accept=("kld<=3",))  # fmt: skip
     bundle = ship(recipe, tmp_path / "out")
-    assert bundle.targets == ["onnx"] and bundle.manifest["recipe"]["precision"]["awq"]
-    assert bundle.report.meta["precision"]["awq"] is False
+    assert bundle.targets == ["onnx"] and bundle.manifest["recipe"]["precision"]["fit"]
+    assert bundle.report.meta["precision"]["fit"] is False
 
 
 @pytest.mark.parametrize("where", ["export", "scored text"])

@@ -195,6 +195,7 @@ TARGETS = {
 }  # fmt: skip
 IMPORT, PROBE = 5.0, 2.0  # PyTorch and transformers; a fresh process
 SEARCH = 3.8e-7  # a weight of the body, whose scale is searched with calibration data
+FIT, CUBE = 5e-7, 7.7e-11  # a weight that is fitted; of the inputs of a matrix to the third power, once for each
 STEP_LAYER = 1e-3  # one token through PyTorch
 UNPACK, MERGE = 1.5e-7, 1e-8  # a parameter out of a GGUF file; one that an adapter changes
 LOAD, WIDEN = 3.0, 1.2e-9  # the original, once in memory; one of its 16-bit parameters widened for a pass
@@ -355,11 +356,28 @@ def _quantise(run: _Run) -> Cost:
     seconds = (run.of.quantise + run.of.quantise_layer * run.shape.layers) * run.rates.slow
     seconds += run.of.quantise_byte * run.exported
     memory = HEAP + max(run.served, run.held) + run.exported
+    if run.precision.planned:
+        more, room = _fitting(run)
+        return Cost(seconds + more, HEAP + run.exported + room, kept=run.runtime)
     if run.precision.data_aware:
         seconds += run.operations(run.amount.calibrate) / run.fast
         seconds += SEARCH * (run.shape.parameters - run.shape.table) * run.rates.slow
         memory = HEAP + SEARCH_MEMORY * run.exported
     return Cost(seconds, memory, kept=run.runtime)
+
+
+def _fitting(run: _Run) -> tuple[float, float]:
+    """Seconds and bytes of fitting: the original in float32 reads the calibration set as two halves of one batch; of
+    each layer the products of its inputs are taken, and its matrices solved for and rounded. The width of the MLP is
+    that of a gated one with the layer's parameters."""
+    shape, tokens = run.shape, run.amount.calibrate
+    hidden = shape.table / shape.vocabulary
+    body = shape.parameters - shape.table * (1 if shape.tied else 2)
+    inner = max(hidden, (body / shape.layers / hidden - 2.5 * hidden) / 3)
+    products = 4.0 * tokens * (3 * hidden**2 + inner**2) * shape.layers
+    seconds = LOAD * run.rates.slow + (run.operations(2 * tokens) + products) / run.rates.exact
+    seconds += (FIT * body + CUBE * inner**3 * shape.layers) * run.rates.slow
+    return seconds, (FLOAT + 1) * shape.parameters + 2 * tokens * FLOAT * (5 * inner + 8 * hidden)
 
 
 def _gate(run: _Run) -> Cost:

@@ -38,6 +38,7 @@ from lightship.report import Metric, Report
 from lightship.serving import tools
 from lightship.several import Passed, Runtime
 from lightship.sources import look
+from lightship.step import COMPRESSED, REFERENCE, Lighter
 from lightship.template import load_template
 from lightship.work import Progress, Stage, Work, digest_of
 
@@ -45,7 +46,6 @@ EXACT = EngineSettings(prefix_cache=False, inference_precision="f32", kv_precisi
 PER_TARGET = ("export", "gate export", "quantise", "gate", "served path")
 UNSERVED = PER_TARGET[:-1]  # of a target without an engine: what serves its files is another program
 TARGET = "openvino"  # when the recipe names none
-COMPRESSED, REFERENCE = "compressed", "reference"  # after steps: what their result says, and what the original says
 
 
 Targets = Mapping[str, Precision]  # each with the precision as it carries that out, the preferred one first
@@ -89,14 +89,6 @@ class Source:
     checkpoint: Checkpoint
     texts: Texts | PairTexts
     original: Checkpoint
-
-
-@dataclass(frozen=True)
-class Lighter:
-    """What steps made of an original."""
-
-    original: Checkpoint
-    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)

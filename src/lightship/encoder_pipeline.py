@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from lightship.encoder import Encoder
 from lightship.encoder_costs import EncoderAmount
 from lightship.engine import EngineSettings
 from lightship.errors import UnsupportedError
-from lightship.evaluation import encoders, memory
+from lightship.evaluation import encoders, loss, memory
 from lightship.evaluation.encoders import Distance, Rows
 from lightship.evaluation.text import open_text
 from lightship.find import find
@@ -32,6 +32,7 @@ from lightship.recipe import COSINE_LIMITS, KLD_LIMITS, Recipe, parse_accepts
 from lightship.report import Metric, Report, named
 from lightship.several import Passed, Runtime
 from lightship.sources import look
+from lightship.step import COMPRESSED, REFERENCE, Lighter
 from lightship.work import Progress, Stage, Work, digest_of
 
 TARGETS = ("openvino", "onnx")  # both are made and measured when the recipe names none
@@ -64,9 +65,10 @@ def targets_of(recipe: Recipe, progress: Progress) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def stages(targets: tuple[str, ...], convert: bool = False) -> tuple[str, ...]:
-    """Every stage of a run, in order."""
-    return several.stages(dict.fromkeys(targets, PER_TARGET), () if convert else ("evaluate", "pack"))
+def stages(targets: tuple[str, ...], convert: bool = False, steps: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every stage of a run, in order; `steps`: those that come before, up to the checkpoint that is converted."""
+    found = several.stages(dict.fromkeys(targets, PER_TARGET), () if convert else ("evaluate", "pack"))
+    return (*steps, COMPRESSED, REFERENCE, *found[2:]) if steps else found
 
 
 def amount(recipe: Recipe, context: int) -> EncoderAmount:
@@ -79,9 +81,11 @@ def amount(recipe: Recipe, context: int) -> EncoderAmount:
 
 @dataclass(frozen=True)
 class Source:
-    """The original and the texts to compare on."""
+    """The checkpoint to convert, the texts to compare on in its tokens, and the original that all is compared with in
+    the end: the checkpoint itself, unless steps made it of another."""
 
     checkpoint: Checkpoint
+    original: Checkpoint
     encoder: Encoder
     gate: Rows
     score: Rows
@@ -134,37 +138,37 @@ class Built:
 
 def _limit(recipe: Recipe, encoder: Encoder, precision: str | None = None) -> float:
     """What the mean distance must keep: at the recipe's precision, or at another as long as none was accepted."""
-    name, limits = ("cosine_loss", COSINE_LIMITS) if encoder.kind == "embedder" else ("kld", KLD_LIMITS)
-    accepted = parse_accepts(recipe.accept).get(name)
+    embeds = encoder.kind == "embedder"
     if precision is None:
-        return limits[recipe.precision.name] if accepted is None else accepted
-    return max(limits[precision], accepted or 0.0)
+        return recipe.cosine_limit() if embeds else recipe.kld_limit()
+    name, limits = ("cosine_loss", COSINE_LIMITS) if embeds else ("kld", KLD_LIMITS)
+    return max(limits[precision], parse_accepts(recipe.accept).get(name, 0.0))
 
 
-def build(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Built:
-    """From the source to everything a bundle is packed from. Raises `LimitExceeded` when a gate fails; of several
-    targets those that fail are left out, and said, as long as one passes."""
-    found = gated(recipe, work, targets)
+def build(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Lighter | None = None) -> Built:
+    """From the source, or from what steps made of it, to everything a bundle is packed from. Raises `LimitExceeded`
+    when a gate fails; of several targets those that fail are left out, and said, as long as one passes."""
+    found = gated(recipe, work, targets, lighter)
     runtimes = {target: each.folder for target, each in found.runtimes.made.items()}
     depends = {"runtimes": [each.stage.digest for each in found.runtimes.made.values()]}
     return Built(found, _evaluate(recipe, work, found.source, runtimes, depends, check=True))
 
 
-def gated(recipe: Recipe, work: Work, targets: tuple[str, ...]) -> Gated:
-    """From the source to runtime folders that passed every gate; one at least."""
-    source = read(recipe, work)
-    original = _original(work, source)
-    found = several.passed(targets, lambda name: _gated_target(recipe, work, source, original, name), work.say)
-    return Gated(source, original, found)
+def gated(recipe: Recipe, work: Work, targets: tuple[str, ...], lighter: Lighter | None = None) -> Gated:
+    """From the source to runtime folders that passed every gate; one at least. The export must say what the checkpoint
+    says, the finished folder what the original says."""
+    source = read(recipe, work) if lighter is None else _source(recipe, work, lighter.checkpoint, lighter.original)
+    exact = _said(work, source, source.checkpoint, "original" if lighter is None else COMPRESSED)
+    original = exact if lighter is None else _said(work, source, source.original, REFERENCE)
 
+    def make(name: str) -> Runtime:
+        target = find("targets", name)
+        exported = _export(recipe, work, source, name, target)
+        first = _gate(recipe, work, source, exact, exported, f"gate export {name}", target, exact=True)
+        runtime = _quantise(recipe, work, exported, name, target)
+        return Runtime(runtime, (first, _gate(recipe, work, source, original, runtime, f"gate {name}", target)))
 
-def _gated_target(recipe: Recipe, work: Work, source: Source, original: Stage, name: str) -> Runtime:
-    """The runtime folder for one target, and the gates it passed. Raises `LimitExceeded`."""
-    target = find("targets", name)
-    exported = _export(recipe, work, source, name, target)
-    first = _gate(recipe, work, source, original, exported, f"gate export {name}", target, exact=True)
-    runtime = _quantise(recipe, work, exported, name, target)
-    return Runtime(runtime, (first, _gate(recipe, work, source, original, runtime, f"gate {name}", target)))
+    return Gated(source, original, several.passed(targets, make, work.say))
 
 
 def read(recipe: Recipe, work: Work) -> Source:
@@ -172,6 +176,10 @@ def read(recipe: Recipe, work: Work) -> Source:
     work.announce("read")
     found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say)
     checkpoint = found.read(work.folder, work.say)
+    return _source(recipe, work, checkpoint, checkpoint)
+
+
+def _source(recipe: Recipe, work: Work, checkpoint: Checkpoint, original: Checkpoint) -> Source:
     encoder = Encoder.load(checkpoint.folder)
     work.say(f"{checkpoint.config.get('model_type')} ({encoder.kind}), {checkpoint.weight_bytes / 1e6:.0f} MB of "
              f"{checkpoint.dtype}, context {encoder.context}")  # fmt: skip
@@ -184,20 +192,17 @@ def read(recipe: Recipe, work: Work) -> Source:
     score = encoders.score_rows(encoder, text, encoders.SCORED[recipe.evaluate])
     describe = {"name": text.name, "default_only": text.default, "scoring_sha256": score.digest,
                 "calibration_sha256": None, "tokens": sum(map(len, score.rows))}  # fmt: skip
-    return Source(checkpoint, encoder, gate, score, describe)
+    return Source(checkpoint, original, encoder, gate, score, describe)
 
 
-def _original(work: Work, source: Source) -> Stage:
-    """Record what the gate's rows mean to the original, then free it."""
+def _said(work: Work, source: Source, model: Checkpoint, name: str) -> Stage:
+    """Record what the gate's rows mean to `model`, then free it."""
 
     def make(folder: Path) -> None:
-        engine = find("targets", "pytorch").open_encoder(source.checkpoint.folder, EXACT)
-        encoders.record(source.encoder, engine, source.gate, folder / "gate")
-        engine.close()
-        gc.collect()
+        loss.record_rows(model, source.checkpoint, source.gate, folder / "gate")
 
-    depends = {"checkpoint": source.checkpoint.digest(), "tokens": digest_of(source.gate.tokens)}
-    return work.stage("original", depends, make)
+    depends = {"checkpoint": model.digest(), "tokens": digest_of(source.gate.tokens)}
+    return work.stage(name, depends, make)
 
 
 def _export(recipe: Recipe, work: Work, source: Source, name: str, target: ModuleType) -> Stage:
@@ -257,9 +262,7 @@ def _evaluate(
     limit = _limit(recipe, source.encoder)
 
     def make(folder: Path) -> dict[str, Any]:
-        engine = find("targets", "pytorch").open_encoder(source.checkpoint.folder, EXACT)
-        encoders.record(source.encoder, engine, source.score, folder / "reference")
-        engine.close()
+        loss.record_rows(source.original, source.checkpoint, source.score, folder / "reference")
 
         def quality(name: str) -> list[Metric]:
             engine = find("targets", name).open_encoder(runtimes[name])
@@ -273,18 +276,18 @@ def _evaluate(
         metrics = dict(found.made)
         shutil.rmtree(folder / "reference")
         gc.collect()
-        original = memory.probe("pytorch", source.checkpoint.folder, repeats=REPEATS[recipe.evaluate])
+        original = memory.probe("pytorch", source.original.folder, repeats=REPEATS[recipe.evaluate])
         for name in metrics:
             runtime = runtimes[name]
             metrics[name] += memory.paired(original, memory.probe(name, runtime, repeats=REPEATS[recipe.evaluate]))
-            metrics[name].append(memory.size_metric(runtime, source.checkpoint.size_bytes))
+            metrics[name].append(memory.size_metric(runtime, source.original.size_bytes))
         order = sorted(metrics, key=lambda name: -_speed(metrics[name]))
         for name in order:
             work.say(f"{name}: {_speed(metrics[name]):.1f} sequences/s (geometric mean of batches of 1 and 32)")
         ordered = [metric for name in order for metric in named(metrics[name], name, order)]
         return {"targets": order, "failures": dict(found.failures), **several.kept(ordered)}
 
-    every = {"checkpoint": source.checkpoint.digest(), "text": source.score.digest, "machine": machine(),
+    every = {"checkpoint": source.original.digest(), "text": source.score.digest, "machine": machine(),
              "level": recipe.evaluate, "targets": list(runtimes), "limit": limit, **depends}  # fmt: skip
     return work.stage("evaluate", every, make)
 
@@ -306,7 +309,7 @@ def seal(recipe: Recipe, work: Work, built: Built, out: Path, folder: Path) -> B
         shutil.copytree(built.gated.runtime(target), content / "targets" / target)
     encoders.write_golden(source.encoder, source.gate, built.gated.original.folder / "gate", content / "golden")
     write_papers(content, recipe, report(recipe, source, built.metrics, built.left_out))
-    sealed = pack(content, manifest_of(recipe, source.checkpoint, out.name, built.targets))
+    sealed = pack(content, manifest_of(recipe, source.original, out.name, built.targets))
     appear(sealed.folder, out)
     return Bundle.open(out)
 
@@ -315,15 +318,18 @@ def report(recipe: Recipe, source: Source, metrics: list[Metric], left_out: Mapp
     """What was measured, with its limits; `left_out`: targets above them, and where."""
     name = "cosine_loss" if source.encoder.kind == "embedder" else "kld"
     limit = (name, _limit(recipe, source.encoder))
-    return encoder_report(recipe, source.checkpoint, source.describe, metrics, limit, left_out)
+    return encoder_report(recipe, source.original, source.describe, metrics, limit, left_out)
 
 
 def evaluate(recipe: Recipe, bundle: Bundle, work: Work) -> tuple[Checkpoint, Report]:
     """Measure the targets of `bundle` against the source that `recipe` names; returns that source too."""
     source = read(recipe, work)
     runtimes = {target: bundle.target_folder(target) for target in bundle.targets}
+    runtime = Checkpoint(runtimes[bundle.targets[0]])
+    if runtime.kept_tokens is not None:  # it reads the text in its own tokens
+        source = _source(recipe, work, runtime, source.original)
     found = _evaluate(recipe, work, source, runtimes, {"bundle": bundle.digest}, check=False)
-    return source.checkpoint, report(recipe, source, several.metrics(found.result), {})
+    return source.original, report(recipe, source, several.metrics(found.result), {})
 
 
 def replayed(bundle: Bundle, target: str) -> Metric:

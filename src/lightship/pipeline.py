@@ -31,6 +31,7 @@ from lightship.preflight import Plan, Seen, check_packages, first_look, plan
 from lightship.recipe import NEAREST, SHIPPED, Precision, Recipe
 from lightship.report import Report
 from lightship.sources import look, peek
+from lightship.step import Lighter
 from lightship.work import DONE, NotMade, Progress, Survey, Work, digest_of
 
 Built = decoder_pipeline.Built | encoder_pipeline.Built
@@ -94,18 +95,19 @@ def _inputs(recipe: Recipe, built: Built) -> str:
 
 
 def _built(asked: Settled, work: Work, ignore_shortage: bool) -> Built:
+    lighter = _lighter(asked.recipe, work, ignore_shortage)
     if asked.encoder:
-        return encoder_pipeline.build(asked.recipe, work, tuple(asked.targets))
-    return decoder_pipeline.build(asked.recipe, work, asked.targets, _lighter(asked.recipe, work, ignore_shortage))
+        return encoder_pipeline.build(asked.recipe, work, tuple(asked.targets), lighter)
+    return decoder_pipeline.build(asked.recipe, work, asked.targets, lighter)
 
 
-def _lighter(recipe: Recipe, work: Work, ignore_shortage: bool) -> decoder_pipeline.Lighter | None:
+def _lighter(recipe: Recipe, work: Work, ignore_shortage: bool) -> Lighter | None:
     """What the steps of `recipe` make of its source; None where it has none."""
     steps = compress_pipeline.steps_of(recipe)
     if not steps:
         return None
     found = compress_pipeline.walk(recipe, steps, work, ignore_shortage=ignore_shortage)
-    return decoder_pipeline.Lighter(found.original, found.checkpoint)
+    return Lighter(found.original, found.checkpoint)
 
 
 def _seal(asked: Settled, work: Work, built: Built, out: Path, folder: Path) -> Bundle:
@@ -132,7 +134,7 @@ class Settled:
         """The stages of the run; only the first target is converted."""
         targets = tuple(self.targets)[: 1 if convert else None]
         if self.encoder:
-            return encoder_pipeline.stages(targets, convert)
+            return encoder_pipeline.stages(targets, convert, self.steps)
         return decoder_pipeline.stages(targets, convert, self.steps)
 
     @property
@@ -168,9 +170,6 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True, 
     seen = first_look(recipe, peek)
     kind = "decoder" if seen.config is None else kind_of(seen.config)
     if kind not in GENERATORS:
-        if recipe.steps:
-            raise UnsupportedError("the steps of a recipe are for models that generate",
-                                   hint="`lightship compress` the encoder, then ship what it makes")  # fmt: skip
         encoders = encoder_pipeline.targets_of(recipe, progress)
         check_packages(encoders)
         return Settled(recipe, dict.fromkeys(encoders, recipe.precision), True, seen)
@@ -263,10 +262,11 @@ def _finished(asked: Settled, folder: Path, out: Path) -> Sequence[str]:
     if seen.file is not None and seen.config is not None:  # of a hub model the copy in the cache: nothing is fetched
         here = recipe.model_copy(update={"source": str(seen.file.parent), "revision": None})
     try:
+        lighter = _lighter(here, survey, True)
         if asked.encoder:
-            built: Built = encoder_pipeline.build(here, survey, tuple(asked.targets))
+            built: Built = encoder_pipeline.build(here, survey, tuple(asked.targets), lighter)
         else:
-            built = decoder_pipeline.walk(here, survey, asked.targets, _lighter(here, survey, True))
+            built = decoder_pipeline.walk(here, survey, asked.targets, lighter)
     except NotMade:
         return tuple(survey.found)
     made = folder / MADE
@@ -327,10 +327,10 @@ def convert(
     times = _tell(asked.plan(names, out), progress, ignore_shortage)
     with scratch(out) as folder:
         work = Work(folder / "run", names, progress, times)
+        lighter = _lighter(asked.recipe, work, ignore_shortage)
         if asked.encoder:
-            runtime = encoder_pipeline.gated(asked.recipe, work, (first,)).runtime(first)
+            runtime = encoder_pipeline.gated(asked.recipe, work, (first,), lighter).runtime(first)
         else:
-            lighter = _lighter(asked.recipe, work, ignore_shortage)
             runtime = decoder_pipeline.gated(asked.recipe, work, asked.targets, lighter).folders[first]
         appear(runtime, out)
     return out

@@ -30,6 +30,7 @@ LIMITED = ("kld", "cosine_loss")
 # What a limit after a step may be on; of all but `top1` it is the most allowed.
 STEP_LIMITS = ("kld", "top1", "flips", "perplexity_ratio", "cosine_loss")
 
+NNCF = ("awq", "scale_estimation", "gptq")  # its data-aware options, in any combination
 INT4_ONLY = ("group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
 
 
@@ -38,15 +39,18 @@ class _Data(BaseModel):
 
 
 class Precision(_Data):
-    """The precision of the weights, and of the keys and values. Every option after `tables` concerns int4 only."""
+    """The precision of the weights, and of the keys and values. Every option after `activations` concerns int4 only."""
 
     name: PrecisionName = "int8"
-    arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: the processor's fastest")
+    arithmetic: Literal["auto", "f32"] = Field("auto", description="what it computes in; auto: as the runtime chooses")
     kv: Literal["auto", "f32", "bf16", "u8", "u4"] = Field(
         "auto", description="what keys and values are kept in; auto: as the runtime chooses, in fp32 f32"
     )
     tables: Literal["int8", "int4"] = Field(
         "int8", description="embedding and head, where the weights are integers; a tied table stays one"
+    )
+    activations: Literal["auto", "int8"] = Field(
+        "auto", description="int8: rounded as they come, each token by itself, in groups; auto: the target's default"
     )
     group_size: int = Field(64, ge=16, le=1024, description="weights along the input that share one scale")
     ratio: float = Field(
@@ -55,12 +59,12 @@ class Precision(_Data):
     bits: float | None = Field(
         None, ge=4, le=16, description="limit, bits per weight over the whole graph: what int4 hurts most stays in int8"
     )  # fmt: skip
-    awq: bool = Field(True, description="activation-aware weight scaling (Lin et al. 2023, arXiv:2306.00978)")
-    scale_estimation: bool = Field(True, description="scales that minimise the layer's output error")
-    gptq: bool = Field(False, description="error-compensated rounding (Frantar et al. 2022, arXiv:2210.17323)")
     fit: bool = Field(
-        False, description="instead of the three: each matrix fitted to the original's outputs, after those before it"
+        True, description="each matrix fitted to the original's outputs, after those before it; off beside these three:"
     )
+    awq: bool = Field(False, description="activation-aware weight scaling (Lin et al. 2023, arXiv:2306.00978)")
+    scale_estimation: bool = Field(False, description="scales that minimise the layer's output error")
+    gptq: bool = Field(False, description="error-compensated rounding (Frantar et al. 2022, arXiv:2210.17323)")
 
     @property
     def data_aware(self) -> bool:
@@ -70,7 +74,7 @@ class Precision(_Data):
     @property
     def planned(self) -> bool:
         """Whether quantising needs the original model beside its graph."""
-        return self.fit or self.bits is not None
+        return self.name == "int4" and (self.fit or self.bits is not None)
 
     @model_validator(mode="before")
     @classmethod
@@ -83,22 +87,37 @@ class Precision(_Data):
         rest = {name: value for name, value in given.items() if name != "all_layers"}
         return {**rest, "tables": "int4"} if given["all_layers"] and given.get("name") == "int4" else rest
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_unless_otherwise(cls, given: Any) -> Any:
+        """What NNCF does is done without fitting. Recipes of version 0.1 name two of its options at every precision,
+        where they were the default."""
+        if not isinstance(given, dict):
+            return given
+        if given.get("name", "int8") != "int4" and given.get("awq") is True and given.get("scale_estimation") is True:
+            given = {**given, "awq": False, "scale_estimation": False}
+        nncf = any(given.get(name) for name in NNCF) or given.get("ratio", 1) != 1
+        return {**given, "fit": False} if nncf and given.get("name") == "int4" and "fit" not in given else given
+
     @model_validator(mode="after")
     def _only_where_it_matters(self) -> Precision:
         fields = type(self).model_fields
         idle = [name for name in INT4_ONLY if getattr(self, name) != fields[name].default]
         if self.name != "int4" and idle:
             raise ValueError(f"{', '.join(idle)} changes nothing at {self.name}: it is for int4")
-        if self.name not in ("int8", "int4") and self.tables != "int8":
-            raise ValueError(f"tables changes nothing at {self.name}: it is for int8 and int4")
+        if self.name not in ("int8", "int4"):
+            idle = [name for name in ("tables", "activations") if getattr(self, name) != fields[name].default]
+            if idle:
+                raise ValueError(f"{idle[0]} changes nothing at {self.name}: it is for int8 and int4")
         return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Precision:
         if self.planned and self.ratio != 1:
             raise ValueError("ratio is NNCF's way to mix int4 and int8: leave it out beside bits or fit")
-        if self.fit and self.gptq:
-            raise ValueError("fit rounds in its own way: leave out gptq")
+        asked = [name for name in NNCF if getattr(self, name)]
+        if self.fit and asked:
+            raise ValueError(f"fit rounds in its own way: leave out {asked[0]}, or say fit: false")
         exact = self.name == "fp32" or self.arithmetic == "f32"
         if self.kv == ("bf16" if exact else "f32"):
             raise ValueError(f"keys and values in {self.kv} need arithmetic {'auto' if exact else 'f32'}: the runtime "

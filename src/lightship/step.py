@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 Need = Literal["memory", "compute", "nothing"]  # what a step saves in the runtimes
 BOUNDS = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}  # of annotated-types, as people write them
 Inputs = Mapping[str, npt.NDArray[np.int64]]  # what a model is called with: input_ids, attention_mask, …
+# Stages of a run that goes on to a bundle after its steps: what their result says, and what the original says.
+COMPRESSED, REFERENCE = "compressed", "reference"
+
+
+@dataclass(frozen=True)
+class Lighter:
+    """What steps made of an original."""
+
+    original: Checkpoint
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)

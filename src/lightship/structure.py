@@ -1,4 +1,4 @@
-"""What a configuration cannot say, in `structure.json`: layers whose sizes differ, linear layers of low rank."""
+"""What a configuration cannot say, in `structure.json`: layers whose sizes differ, what is of low rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA_PARTS = (
 @dataclass(frozen=True)
 class Structure:
     """How a model differs from its configuration: the sizes of every layer, None where all are as configured; and the
-    rank of each linear layer that is a product of two, by its name in the model."""
+    rank of each linear layer, embedding or head that is a product of two, by its name in the model."""
 
     layers: list[dict[str, int]] | None = None
     low_rank: Mapping[str, int] = field(default_factory=dict)
@@ -56,16 +56,20 @@ class Structure:
         """Give `model`, made from its configuration, these shapes, contents undefined. Raises `SourceError` for a layer
         that it does not have, `UnsupportedError` for sizes of layers that are not llama-like."""
         from lightship.layers import linears
-        from lightship.low_rank import LowRank
+        from lightship.low_rank import LowRank, build_tables, tables
 
         if self.layers is not None:
             for layer, sizes in zip(llama_layers(model), self.layers, strict=True):
                 resize(layer, sizes)
-        known = linears(model) if self.low_rank else {}
+        if not self.low_rank:
+            return
+        known, of_tokens = linears(model), tables(model)
         for name, rank in self.low_rank.items():
-            if name not in known:
+            if name not in known and name not in of_tokens:
                 raise SourceError(f"structure.json: {type(model).__name__} has no linear layer {name[:200]!r}")
-            replace_module(model, name, LowRank.of(known[name], rank))
+            if name in known:
+                replace_module(model, name, LowRank.of(known[name], rank))
+        build_tables(model, {name: rank for name, rank in self.low_rank.items() if name in of_tokens})
 
 
 def replace_module(model: Any, name: str, module: Any) -> None:
@@ -96,9 +100,10 @@ def _check_layers(layers: list[Any], path: Path, config: Mapping[str, Any]) -> N
 
 def structure_of(model: PreTrainedModel) -> Structure:
     """How the weights of `model` differ from its configuration."""
-    from lightship.low_rank import LowRank
+    from lightship.low_rank import LowRank, LowRankEmbedding
 
-    low_rank = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRank)}
+    both = LowRank | LowRankEmbedding
+    low_rank = {name: module.rank for name, module in model.named_modules() if isinstance(module, both)}
     return Structure(_sizes(model), low_rank)
 
 

@@ -132,7 +132,7 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
         return [best.with_(kv_precision=name) for name in names if name != _now(best, recorded, "kv_precision")]
 
     def activations(best: Candidate) -> list[Candidate]:
-        groups = [group for group in (32, 128) if group != _now(best, recorded, "dynamic_quantisation_group")]
+        groups = [group for group in (32, 64, 128) if group != _now(best, recorded, "dynamic_quantisation_group")]
         return [best.with_(dynamic_quantisation_group=group) for group in groups]
 
     def budget(best: Candidate) -> list[Candidate]:

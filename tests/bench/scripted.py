@@ -156,7 +156,10 @@ class Scripted:
                 send(b"[DONE]")
                 break
             logged.pieces.append(now())
-            send(choice("" if plan.silent else " word"))
+            event = choice("" if plan.silent else " word")
+            if logged.body.get("stream_options", {}).get("continuous_usage_stats"):
+                event["usage"] = {"completion_tokens": min(token + plan.per_piece, tokens)}
+            send(event)
         else:
             send(choice("", plan.finish))
             if plan.usage:

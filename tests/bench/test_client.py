@@ -71,6 +71,13 @@ def test_an_answer_whose_tokens_show_no_text_is_no_fast_one():
     assert seen.first == seen.last == log.ended == 5.0
 
 
+def test_tokens_without_text_are_seen_where_the_usage_comes_with_them():
+    request = Manner("m", continuous=True).asked(0, "Hello", 5, True)
+    seen, log = seen_with(Plan(silent=True, first=1.0, each=0.5), request)
+    assert (seen.first, seen.last, seen.tokens) == (log.pieces[0], log.pieces[-1], 5)
+    assert seen.outcome == "whole" and seen.first < log.ended
+
+
 @pytest.mark.parametrize(
     ("plan", "outcome", "reason"),
     [

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -24,11 +25,13 @@ from lightship.errors import ContextTooLong, EngineDied
 from lightship.serving import openai as routes
 from lightship.serving.app import create_app
 from lightship.serving.auth import guard
+from lightship.serving.generation import Piece
 from lightship.serving.keys import KeyRing
 from lightship.serving.limits import BODY_LIMIT, Limits
 from lightship.serving.model import DEFAULT_MAX_TOKENS, ServedModel, fingerprint
 from lightship.serving.schema import ChatRequest, CompletionRequest
 from lightship.serving.server import bind, in_thread, url_of, wait_ready
+from lightship.serving.shapes import Chat, Completion
 from lightship.serving.supervisor import Supervisor
 from lightship.serving.text import TextStream
 from lightship.tokenizer import load_tokenizer
@@ -230,6 +233,16 @@ def test_usage_so_far_in_every_chunk(api, path):
         assert seen <= chunk["usage"]["completion_tokens"] <= (seen if text else 4)
         assert chunk["usage"]["total_tokens"] == 1 + chunk["usage"]["completion_tokens"]
     assert seen == 4 and ending["choices"] == [] and ending["usage"] == chunks[-1]["usage"]
+
+
+@pytest.mark.parametrize("shape", [Completion, Chat])
+def test_a_token_without_text_has_a_chunk_where_the_usage_comes_with_it(shape):
+    """The first byte of a character: nothing to show yet, but computed."""
+    model = SimpleNamespace(name="m", fingerprint="f")
+    made, silent, spoken = shape("id", 0, model), Piece(0, "", produced=1), Piece(0, "b", produced=1)
+    assert made.chunks(silent, False) == []
+    assert len(made.chunks(silent, False, counted=True)) == len(made.chunks(spoken, False, counted=True)) == 1
+    assert len(made.chunks(Piece(0, "", produced=1, finish="stop"), False, counted=True)) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

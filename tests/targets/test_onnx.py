@@ -307,6 +307,7 @@ def test_what_does_not_fill_its_last_block(tmp_path):
     [
         ({"name": "bf16"}, "fp32, int8 or int4"),
         ({"name": "int4", "gptq": True}, "gptq"),
+        ({"name": "int4", "awq": True}, "awq"),
         ({"name": "int4", "ratio": 0.5}, "ratio"),
         ({"name": "int4", "group_size": 48}, "group-size of 16, 32, 64"),
     ],
@@ -340,7 +341,7 @@ def test_data_aware_options_are_off_and_said_to_be(llama, tmp_path):
     said = []
     recipe = Recipe(source=str(llama.folder), target="onnx", accept=("kld<=2",), precision=Precision(name="int4"))
     runtime = convert(recipe, tmp_path / "out", progress=said.append)
-    assert said[0] == "awq and scale_estimation off: for ONNX weights are rounded to nearest"
+    assert said[0] == "fit off: for ONNX weights are rounded to nearest"
     assert "rounded to nearest" in json.loads((runtime / "engine.json").read_text())["weights"]
 
 

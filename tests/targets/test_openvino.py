@@ -73,7 +73,7 @@ class _Untraceable(torch.nn.Module):
 
 
 NARROW = {"int8": Precision(name="int8"),
-          "int4": Precision(name="int4", group_size=32, awq=False, scale_estimation=False)}  # fmt: skip
+          "int4": Precision(name="int4", group_size=32, fit=False)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "tied", "dtype"), [("int8", True, "float32"), ("int4", False, "bfloat16")])

@@ -16,7 +16,7 @@ from lightship.targets._sensitivity import body, key_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 ROWS = np.random.default_rng(0).integers(4, 500, (16, 128)).tolist()
-PLAIN = {"name": "int4", "group_size": 32, "awq": False, "scale_estimation": False}
+PLAIN = {"name": "int4", "group_size": 32, "fit": False}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_fitted_integers_are_stored_as_they_are(exported, tmp_path):
     from lightship.targets._fitting import fit
 
     checkpoint, _ = exported
-    folder = quantised(exported, tmp_path, **PLAIN, fit=True)
+    folder = quantised(exported, tmp_path, **{**PLAIN, "fit": True})
     model = checkpoint.load("float32")
     fitted = fit(model, ROWS, 32)
     graph = openvino.Core().read_model(folder / target.GRAPH)
@@ -122,7 +122,7 @@ def test_a_budget_is_kept(exported, tmp_path, fit):
         folder = quantised(exported, tmp_path / label, **options)
         sizes[label] = sum(path.stat().st_size for path in folder.glob("openvino_model.*"))
     half = (sizes["int8"] + sizes["int4"]) / 2 * 8 / weights
-    folder = quantised(exported, tmp_path / "mixed", **PLAIN, bits=half, fit=fit)
+    folder = quantised(exported, tmp_path / "mixed", **{**PLAIN, "bits": half, "fit": fit})
     assert sum(path.stat().st_size for path in folder.glob("openvino_model.*")) * 8 / weights <= half
     assert {bits for bits, shape in stored(folder) if shape[0] != checkpoint.vocabulary} == {4, 8}
 
@@ -138,7 +138,7 @@ def test_gpt2_is_fitted_too(tmp_path):
     """Its matrices lie the other way round, and its positions are a table."""
     checkpoint = tiny_gpt2(tmp_path / "model")
     target.export(checkpoint, tmp_path / "fp32", "float32")
-    folder = quantised((checkpoint, tmp_path / "fp32"), tmp_path / "int4", **PLAIN, fit=True)
+    folder = quantised((checkpoint, tmp_path / "fp32"), tmp_path / "int4", **{**PLAIN, "fit": True})
     assert sorted(bits for bits, _ in stored(folder)) == [4] * 8 + [8, 8]
     assert np.isfinite(logits(folder)).all()
 
@@ -167,6 +167,7 @@ def test_keys_and_values_have_a_precision(exported, tmp_path, kv):
         ({"name": "bf16", "tables": "int4"}, "tables changes nothing at bf16"),
         ({"name": "int4", "bits": 5.0, "ratio": 0.5}, "leave it out beside bits or fit"),
         ({"name": "int4", "fit": True, "gptq": True}, "leave out gptq"),
+        ({"name": "bf16", "activations": "int8"}, "activations changes nothing at bf16"),
         ({"name": "int4", "bits": 3.0}, "greater than or equal to 4"),
         ({"name": "int4", "all_layers": True, "tables": "int4"}, "the older name"),
     ],
@@ -180,3 +181,13 @@ def test_what_makes_no_sense_is_refused(options, says):
 def test_recipes_of_the_first_version_are_read():
     assert Precision(name="int4", all_layers=True) == Precision(name="int4", tables="int4")
     assert Precision(name="int8", all_layers=False) == Precision(name="int8")
+    assert Precision(name="int8", awq=True, scale_estimation=True) == Precision(name="int8")  # the default then
+    stored = Precision.model_validate({"name": "int4", "awq": True, "scale_estimation": True, "gptq": False})
+    assert stored.awq and stored.scale_estimation and not stored.fit
+
+
+def test_matrices_are_fitted_unless_another_way_is_asked_for():
+    assert Precision(name="int4").fit and Precision(name="int4", bits=6.0).fit
+    assert not any(Precision(name="int4", **{name: True}).fit for name in ("awq", "scale_estimation", "gptq"))
+    assert not Precision(name="int4", ratio=0.5).fit
+    assert not Precision(name="int8").data_aware and not Precision(name="int4", fit=False).data_aware

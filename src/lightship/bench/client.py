@@ -68,7 +68,7 @@ class Seen:
 
     @property
     def ttft(self) -> float | None:
-        """From the schedule to the first text."""
+        """From the schedule to the first text; to the first token where the server tells the usage with each chunk."""
         return None if self.first is None or not self.answered else self.first - self.scheduled
 
     @property
@@ -154,10 +154,11 @@ class _Reading:
         return self._judge()
 
     def _take(self, chunk: _Chunk) -> None:
+        counted = chunk.usage is not None and (chunk.usage.completion_tokens or 0) > (self.usage.completion_tokens or 0)
         for choice in chunk.choices:
             if visible := choice.visible():
                 self.pieces += 1
-            if visible or choice.finish_reason is not None:
+            if visible or counted or choice.finish_reason is not None:
                 self.last = self._clock()
                 self.first = self.last if self.first is None else self.first
                 self.finish = choice.finish_reason or self.finish

@@ -16,12 +16,14 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Manner:
-    """How requests are put to this server: the model's name, whether as chat, and which optional fields it knows."""
+    """How requests are put to this server: the model's name, whether as chat, and which optional fields it knows.
+    `continuous`: ask for the usage with every chunk, so that tokens without a text are seen when they come."""
 
     model: str | None = None
     chat: bool = False
     ignore_eos: bool = True
     usage: bool = True
+    continuous: bool = False
 
     def asked(self, number: int, content: Any, max_tokens: int | None, exact: bool, at: float | None = None) -> Asked:
         """One greedy, streamed request. `content`: a text, token ids, or, for chat, messages."""
@@ -36,6 +38,8 @@ class Manner:
             body["max_tokens"] = max_tokens
         if self.usage:
             body["stream_options"] = {"include_usage": True}
+            if self.continuous:
+                body["stream_options"]["continuous_usage_stats"] = True
         if self.ignore_eos and exact:
             body["ignore_eos"] = True
         path = CHAT if "messages" in body else COMPLETIONS

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lightship.cli.completion import models
 from lightship.errors import UsageError
-from lightship.recipe import PRECISIONS, Precision, Recipe, explain
+from lightship.recipe import NNCF, PRECISIONS, Precision, Recipe, explain
 
 OPTIONAL = ("accept", "text", "revision", "base", "evaluate", "golden")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -27,13 +27,16 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      "first). Of generating models onnx serves one request at a time; gguf is for llama.cpp, with the "
                      "precisions fp32, bf16, f16, q8_0, q5_0 and q4_0, and is converted to only."),
         click.option("--arithmetic", type=click.Choice(["auto", "f32"]), default="auto", show_default=True,
-                     help="What it computes in; auto is the processor's fastest."),
+                     help="What it computes in; auto: as the runtime chooses, `tune` finds the fastest."),
+        click.option("--activations", type=click.Choice(["auto", "int8"]), default="auto", show_default=True,
+                     help="int8 and int4: activations rounded for each token as they come, in groups; gated as well."),
         click.option("--group-size", type=int, default=64, show_default=True, help="int4: weights per scale."),
         click.option("--ratio", type=float, default=1.0, show_default=True, help="int4: share of the body; rest int8."),
-        click.option("--awq/--no-awq", default=True, show_default=True, help="int4: activation-aware scaling."),
-        click.option("--scale-estimation/--no-scale-estimation", default=True, show_default=True, help="int4."),
-        click.option("--gptq/--no-gptq", default=False, show_default=True, help="int4: error-compensated rounding."),
-        click.option("--fit", is_flag=True, help="int4: matrices fitted to the original's outputs, instead of these."),
+        click.option("--fit/--no-fit", default=None, help="int4: matrices fitted to the original's outputs (default, "
+                     "unless another way is asked for; off, and nothing else: rounded to nearest)."),
+        click.option("--awq", is_flag=True, default=None, help="int4: NNCF's activation-aware scaling."),
+        click.option("--scale-estimation", is_flag=True, default=None, help="int4: NNCF's search for scales."),
+        click.option("--gptq", is_flag=True, default=None, help="int4: NNCF's error-compensated rounding."),
         click.option("--bits", type=float, metavar="BITS", help="int4: limit in bits per weight over the whole graph; "
                      "what int4 hurts most, as measured, stays in int8."),
         click.option("--tables", type=click.Choice(["int8", "int4"]), default="int8", show_default=True,
@@ -74,12 +77,14 @@ def _with(command: Callable[..., Any], options: list[Decorator]) -> Callable[...
 
 def recipe_of(source: str, **given: Any) -> Recipe:
     """The recipe that the options above describe."""
-    names = ("arithmetic", "kv", "tables", "group_size", "ratio", "bits", "awq", "scale_estimation", "gptq", "fit")
+    names = ("arithmetic", "kv", "tables", "activations", "group_size", "ratio", "bits", "fit", *NNCF)
     try:
         return Recipe(
             source=source,
             target=given["target"] or None,
-            precision=Precision(name=given["precision"], **{name: given[name] for name in names}),
+            precision=Precision(
+                name=given["precision"], **{name: given[name] for name in names if given[name] is not None}
+            ),
             **{name: given[name] for name in OPTIONAL if name in given},
         )
     except ValidationError as error:

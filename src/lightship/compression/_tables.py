@@ -39,11 +39,13 @@ def cut_tables(model: Any, kept: Sequence[int]) -> None:
 def _cut(model: Any, ids: torch.Tensor, new: Mapping[int, int]) -> None:
     import torch
 
+    from lightship.low_rank import LowRank, LowRankEmbedding
+
     tables = {id(table.weight): table.weight for table in _tables(model)}
     rows = {key: torch.nn.Parameter(weight.data[ids], weight.requires_grad) for key, weight in tables.items()}
     for module in model.modules():
         key = id(getattr(module, "weight", None))
-        if key not in rows:
+        if key not in rows or isinstance(module, LowRank | LowRankEmbedding):  # of those the part with the rows
             continue
         module.weight = rows[key]
         if isinstance(module, torch.nn.Embedding):

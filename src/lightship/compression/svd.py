@@ -1,9 +1,11 @@
-"""Replace linear layers by products of two smaller ones, of the ranks that lose least."""
+"""Replace linear layers, embedding and head too where asked, by products of two smaller ones, of the ranks that lose
+least."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from pydantic import Field
 from lightship.checkpoint import Checkpoint
 from lightship.compression._activations import second_moments
 from lightship.compression._allocation import Curve, Ranks, allocate, uniform
+from lightship.compression._embedding import factorise_tables
 from lightship.compression._gradients import fisher
 from lightship.errors import LightshipError, UnsupportedError
 from lightship.layers import linears, weight_of
@@ -101,18 +104,22 @@ class Svd(WeightStep):
         multiple_of=2,
         description="ranks are multiples of it; 32 or 64 when rounded to 4 bits in such groups later",
     )
+    embedding: float | None = Field(
+        None, gt=0.0, lt=1.0, description="share of the parameters of embedding and head that is kept; None: all"
+    )
     damping: float = Field(
         0.01, gt=0.0, le=1.0, description="share of the mean second moment that every direction has besides its own"
     )
 
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """The weights and their factors in float32; the moments of both sides of every matrix but the embeddings; what
-        a gradient over 512 tokens keeps."""
-        shapes = (shape for shape in checkpoint.shapes.values() if len(shape) == 2)
+        a gradient over 512 tokens keeps; an embedding that is factorised, in float64."""
+        shapes = [shape for shape in checkpoint.shapes.values() if len(shape) == 2]
         sides = [side for shape in shapes if checkpoint.vocabulary not in shape for side in shape]
         moments = sum(8 * side**2 for side in sides)
         kept = 4 * TOKENS * (2 * sum(sides) + 4 * checkpoint.vocabulary)
-        return super().predicted_bytes(checkpoint) + moments + kept
+        tables = [prod(shape) for shape in shapes if checkpoint.vocabulary in shape] if self.embedding else []
+        return super().predicted_bytes(checkpoint) + moments + kept + 3 * 8 * max(tables, default=0)
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         layers = linears(model)
@@ -125,12 +132,16 @@ class Svd(WeightStep):
         for name, rank in ranks.items():
             if rank is not None:
                 replace_module(model, name, _cut(layers[name], spectra[name], rank))
-        figures = {
+        figures: dict[str, Any] = {
             "kept": sum(curves[name].cost(rank) for name, rank in ranks.items()) / whole,
             "factorised": sum(rank is not None for rank in ranks.values()),
             "of": len(ranks),
             "predicted_kld": sum(curves[name].loss(rank) for name, rank in ranks.items()),
         }
+        if self.embedding is not None:
+            figures["embedding_lost"] = factorise_tables(
+                model, self.embedding, self.multiple, context.batches, weighed=self.method in ("fisher", "whitened")
+            )
         context.say(f"{figures['factorised']} of {len(ranks)} linear layers factorised, {figures['kept']:.2%} of their "
                     f"parameters kept; KL divergence predicted {figures['predicted_kld']:.3g} nats")  # fmt: skip
         return figures

@@ -33,17 +33,22 @@ def record(recipe: Recipe, original: Checkpoint, through: Checkpoint, folder: Pa
     """Keep in `folder` what `original` says on the text of `recipe` as `through` reads it: a checkpoint with the same
     vocabulary, or with a part of it, to which what the original says is then restricted."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = _kept(original, through)
     if original.kind not in GENERATORS:
-        encoder, rows = _rows(recipe, through)
-        engine = _engine(original)
-        encoders.record(encoder, engine if kept is None else RestrictedEngine(engine, kept), rows, folder)
-        engine.close()
+        record_rows(original, through, _rows(recipe, through), folder)
     else:
         scorer = original_scorer(original, through)
         batches, text_bytes = _texts(recipe, through).score_batches(scorer)
         divergence.record(scorer, batches, folder)
         (folder / BYTES).write_text(json.dumps(text_bytes))
+    gc.collect()
+
+
+def record_rows(original: Checkpoint, through: Checkpoint, rows: Rows, folder: Path) -> None:
+    """As `record`, of an encoder on `rows` of tokens of `through`."""
+    engine, kept = _engine(original), _kept(original, through)
+    encoder = Encoder.load(through.folder)
+    encoders.record(encoder, engine if kept is None else RestrictedEngine(engine, kept), rows, folder)
+    engine.close()
     gc.collect()
 
 
@@ -69,9 +74,8 @@ def measure(recipe: Recipe, changed: Checkpoint, recorded: Path) -> list[Metric]
     """What `changed` has lost against the original that `record` left in `recorded`. Raises `LightshipError` for a loss
     that is not finite."""
     if changed.kind not in GENERATORS:
-        encoder, rows = _rows(recipe, changed)
         engine = _engine(changed)
-        found = encoders.distance(encoder, engine, rows, recorded).metrics()
+        found = encoders.distance(Encoder.load(changed.folder), engine, _rows(recipe, changed), recorded).metrics()
         engine.close()
     else:
         scorer = find("targets", "pytorch").open_scorer(changed.folder)
@@ -99,9 +103,9 @@ def _texts(recipe: Recipe, checkpoint: Checkpoint) -> Texts | PairTexts:
     return pairs.cut(recipe, checkpoint) if checkpoint.kind == "seq2seq" else cut(recipe, checkpoint)
 
 
-def _rows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Encoder, Rows]:
+def _rows(recipe: Recipe, checkpoint: Checkpoint) -> Rows:
     encoder = Encoder.load(checkpoint.folder)
-    return encoder, encoders.score_rows(encoder, open_text(recipe.text, None), encoders.SCORED[recipe.evaluate])
+    return encoders.score_rows(encoder, open_text(recipe.text, None), encoders.SCORED[recipe.evaluate])
 
 
 def _engine(checkpoint: Checkpoint) -> Any:

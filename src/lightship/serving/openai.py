@@ -181,7 +181,7 @@ async def _stream(
             generation.ticket.close(error)
 
     def built(piece: Piece) -> str:
-        chunks = shape.chunks(piece, piece.index not in frames)
+        chunks = shape.chunks(piece, piece.index not in frames, continuous)
         so_far = {"usage": generation.usage() if continuous else None} if usage else {}
         return "".join(_event({**chunk, **so_far}) for chunk in chunks)
 

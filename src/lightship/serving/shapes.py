@@ -44,14 +44,15 @@ class Chat:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._body("chat.completion.chunk", [choice])
 
-    def chunks(self, piece: Piece, first: bool) -> list[JSON]:
-        """What is streamed for a piece, the `first` of its choice or a later one."""
+    def chunks(self, piece: Piece, first: bool, counted: bool = False) -> list[JSON]:
+        """What is streamed for a piece, the `first` of its choice or a later one. `counted`: tokens without a text,
+        such as parts of a character, have a chunk too, for the usage that is told with it."""
         empty = not (piece.text or piece.tokens or piece.calls or piece.finish)
         if self.tools and empty:  # whether an answer has content shows with its first word, or its first call
             return []
         opening = {"role": "assistant", "content": None if piece.calls and not piece.text else ""}
         found = [self._chunk(piece.index, opening)] if first else []
-        if piece.text or piece.tokens:
+        if piece.text or piece.tokens or (counted and piece.produced and empty):
             found.append(self._chunk(piece.index, {"content": piece.text}, self._scores(piece.tokens)))
         found += [self._chunk(piece.index, {"tool_calls": [_part(delta)]}) for delta in piece.calls]
         if piece.finish is not None:
@@ -106,10 +107,10 @@ class Completion:
         choices = [self._choice(piece.index, piece.text, piece.tokens, piece.finish) for piece in pieces]
         return {**self._body(choices), "usage": usage}
 
-    def chunks(self, piece: Piece, first: bool) -> list[JSON]:
-        """What is streamed for a piece; a chunk has the shape of the whole."""
+    def chunks(self, piece: Piece, first: bool, counted: bool = False) -> list[JSON]:
+        """As of a chat; a chunk has the shape of the whole."""
         found = []
-        if piece.text or piece.tokens:
+        if piece.text or piece.tokens or (counted and piece.produced and piece.finish is None):
             found.append(self._body([self._choice(piece.index, piece.text, piece.tokens, None)]))
         if piece.finish is not None:
             choice = {"index": piece.index, "text": "", "logprobs": None, "finish_reason": piece.finish}

@@ -35,7 +35,7 @@ def fit(
 
     if sum(map(len, rows)) < LEAST_TOKENS:
         raise UsageError(f"the calibration text has {sum(map(len, rows))} tokens, fitting needs {LEAST_TOKENS}",
-                         hint="give a longer --text")  # fmt: skip
+                         hint="give a longer --text, or use --no-fit")  # fmt: skip
     modules = {name: module for name, module in body(model).items() if narrow is None or _key(module) in narrow}
     odd = [name for name, module in modules.items() if weight_of(module).shape[1] % group]
     if odd:
@@ -72,7 +72,7 @@ class _State:
 
         if len(inputs) != 2 * self.rows or name in self.reached:
             raise UnsupportedError(f"{name} does not take each token once, so it cannot be fitted",
-                                   hint="leave out --fit")  # fmt: skip
+                                   hint="use --no-fit, or --awq")  # fmt: skip
         original, current = inputs[: self.rows].float(), inputs[self.rows :].float()
         if inputs is not self.inputs:
             before, now = original.flatten(0, -2), current.flatten(0, -2)

@@ -31,7 +31,8 @@ def trace(checkpoint: Checkpoint) -> Any:
 
 def quantise(source: Path, target: Path, data: str) -> None:
     """Write the graph `source` with 8-bit weights, symmetric with one scale per output channel, to `target`; its
-    products are taken in integers, activations quantised as they come (onnxruntime's `quantize_dynamic`)."""
+    products are taken in integers, activations rounded as they come, with one scale for all tokens of a call
+    (onnxruntime's `quantize_dynamic`): what is said of a text depends a little on those beside it."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

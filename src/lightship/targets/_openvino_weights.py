@@ -66,7 +66,7 @@ def compress(
         lost = [name for name, key in keys.items() if plan.narrow is None and key not in plan.fitted]
         if lost:
             raise UnsupportedError(f"{len(lost)} of {len(keys)} matrices of this model cannot be fitted",
-                                   hint="leave out --fit")  # fmt: skip
+                                   hint="use --no-fit, or --awq")  # fmt: skip
         return _int8(graph)
     wide = [name for name, key in keys.items() if plan.narrow is not None and key not in plan.narrow]
     wide += [name for name, _ in _matrices(graph) if name not in matrices]  # a head that could not be stored

@@ -16,7 +16,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import ContextTooLong, EngineError, RequestError, SourceError, UnsupportedError
 from lightship.kind import GENERATORS
-from lightship.recipe import Precision
+from lightship.recipe import NNCF, Precision
 from lightship.sampling import log_softmax
 from lightship.targets import _onnx_encoder, _onnx_seq2seq, _onnx_weights
 from lightship.targets._seq2seq import Seq2SeqEngine, Seq2SeqScorer
@@ -43,13 +43,16 @@ Floats = npt.NDArray[np.float32]
 def settle(precision: Precision) -> tuple[Precision, list[str]]:
     """`precision` as this target carries it out, and what to tell about the difference. Asked before any work.
 
-    Weights are rounded to nearest: AWQ and scale estimation, on by default, are set to off and said to be. Raises
-    `UnsupportedError` for bf16, GPTQ, mixed 4 and 8 bits in the body, groups that the kernels do not know, and keys and
-    values in anything but float32.
+    Weights are rounded to nearest: fitting, on by default, is set to off and said to be. Raises `UnsupportedError` for
+    bf16, NNCF's ways to round, mixed 4 and 8 bits in the body, groups that the kernels do not know, keys and values in
+    anything but float32, and activations in integers and floats at once.
     """
     if precision.kv not in ("auto", "f32"):
         raise UnsupportedError(f"ONNX graphs keep keys and values in float32, not in {precision.kv}",
                                hint="leave kv out, or use --target openvino")  # fmt: skip
+    if precision.activations == "int8" and precision.arithmetic == "f32":
+        raise UnsupportedError("on ONNX Runtime the arithmetic f32 leaves activations in floats",
+                               hint="leave out activations or arithmetic, or use --target openvino")  # fmt: skip
     if precision.name == "bf16":
         raise UnsupportedError("ONNX Runtime has no bf16 matrix product on CPU",
                                hint="use --precision fp32, int8 or int4, or --target openvino")  # fmt: skip
@@ -58,16 +61,15 @@ def settle(precision: Precision) -> tuple[Precision, list[str]]:
     if precision.group_size not in _onnx_weights.GROUPS:
         raise UnsupportedError(f"ONNX Runtime has no kernels for groups of {precision.group_size} weights",
                                hint=f"use a --group-size of {', '.join(map(str, _onnx_weights.GROUPS))}")  # fmt: skip
-    asked = [name for name in ("gptq", "fit", "bits") if getattr(precision, name)]
+    asked = [name for name in (*NNCF, "bits") if getattr(precision, name)]
     asked += ["a ratio below 1"] if precision.ratio < 1 else []
     if asked:
         raise UnsupportedError(
             f"{asked[0]} is not available for ONNX: weights are rounded to nearest, without calibration",
             hint="leave it out, or use --target openvino",
         )
-    left_out = [name for name in ("awq", "scale_estimation") if getattr(precision, name)]
-    notes = [f"{' and '.join(left_out)} off: for ONNX weights are rounded to nearest"] if left_out else []
-    return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
+    notes = ["fit off: for ONNX weights are rounded to nearest"] if precision.fit else []
+    return precision.model_copy(update={"fit": False}), notes
 
 
 def export(checkpoint: Checkpoint, folder: Path, dtype: str | None = None) -> None:
@@ -232,14 +234,14 @@ def quantise(
     checkpoint: Checkpoint | None = None,
 ) -> None:
     """Round the weights of the runtime folder `source` to 8 or 4 bits into `folder`: `_onnx_weights` says how for
-    decoders and encoder-decoders, `_onnx_encoder` for encoders. `calibration` and `checkpoint` are not
-    used."""
+    models that generate and where activations are rounded for each token, else `_onnx_encoder` for encoders.
+    `calibration` and `checkpoint` are not used."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = Checkpoint(source).kind
     if kind == "seq2seq":
         pair = {name: _onnx_weights.rounded(source / name, precision) for name in _onnx_seq2seq.GRAPHS}
         _onnx_seq2seq.save(pair, folder)
-    elif kind != "decoder":
+    elif kind != "decoder" and precision.activations == "auto":
         _onnx_encoder.quantise(source / GRAPH, folder / GRAPH, DATA)
     else:
         _onnx_weights.quantise(source / GRAPH, folder / GRAPH, DATA, precision)
@@ -257,7 +259,7 @@ def finish(folder: Path, precision: Precision) -> None:
         group = _onnx_weights.group(precision)
         recorded["weights"] = f"rounded to nearest, symmetric, one scale for {group}, no calibration"
         recorded["activations"] = "8 bits" if precision.arithmetic == "auto" else "float32"
-    if precision.name == "int8" and Checkpoint(folder).kind not in GENERATORS:
+    if precision.name == "int8" and precision.activations == "auto" and Checkpoint(folder).kind not in GENERATORS:
         recorded["weights"] = "int8, symmetric, one scale per output channel"
         recorded["activations"] = "quantised as they come"
     (folder / "engine.json").write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")

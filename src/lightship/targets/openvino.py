@@ -20,7 +20,7 @@ import numpy.typing as npt
 from lightship.checkpoint import Checkpoint
 from lightship.engine import EngineSettings
 from lightship.errors import EngineError, SourceError, UnsupportedError
-from lightship.recipe import Precision
+from lightship.recipe import NNCF, Precision
 from lightship.targets import (
     _fitting,
     _openvino_encoder,
@@ -43,6 +43,7 @@ NEEDS = ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")
 TUNABLE = ("inference_precision", "kv_precision", "dynamic_quantisation_group", "max_batched_tokens", "max_num_seqs",
            "prefix_cache", "threads", "prompt_lookup", "draft_tokens")  # what `tune` may try  # fmt: skip
 GRAPH = "openvino_model.xml"
+ACTIVATION_GROUP = 32  # activations of a token that share a scale where they are rounded
 # Runtime precisions at which each weight precision is served. Dynamic quantisation of activations is off everywhere:
 # on the demo model in int8 it raised the mean KLD from 0.0049 to 0.0077 and gained no speed (AVX-512 without AMX). For
 # fp32 the other approximations are off too; the rest take the runtime's default arithmetic for this processor.
@@ -96,13 +97,6 @@ def refuse(config: Mapping[str, Any]) -> None:
                                hint="use --target onnx")  # fmt: skip
 
 
-def settle(precision: Precision) -> tuple[Precision, list[str]]:
-    """`precision` as this target carries it out for a decoder, and what to tell about the difference."""
-    left_out = [name for name in ("awq", "scale_estimation") if precision.fit and getattr(precision, name)]
-    notes = [f"{' and '.join(left_out)} off: fit takes their place"] if left_out else []
-    return precision.model_copy(update=dict.fromkeys(left_out, False)), notes
-
-
 def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
     """`precision` as encoder-decoders are shipped at, and what to tell about the difference: no calibration.
 
@@ -112,14 +106,13 @@ def settle_seq2seq(precision: Precision) -> tuple[Precision, list[str]]:
         raise UnsupportedError("encoder-decoders in int8 keep their tables in int8", hint="use --precision int4")
     if precision.name != "int4":
         return precision, []
-    asked = [name for name in ("gptq", "fit", "bits") if getattr(precision, name)]
+    asked = [name for name in (*NNCF, "bits") if getattr(precision, name)]
     if asked:
         raise UnsupportedError(
             f"{asked[0]} is not available for encoder-decoders: they are quantised without calibration"
         )
-    left_out = [name for name in ("awq", "scale_estimation") if precision.data_aware and getattr(precision, name)]
-    notes = [f"{' and '.join(left_out)} off: encoder-decoders are quantised without calibration"] if left_out else []
-    return precision.model_copy(update={"awq": False, "scale_estimation": False}), notes
+    notes = ["fit off: encoder-decoders are quantised without calibration"] if precision.fit else []
+    return precision.model_copy(update={"fit": False}), notes
 
 
 def settle_encoder(precision: Precision) -> None:
@@ -283,6 +276,8 @@ def finish(folder: Path, precision: Precision) -> None:
     settings = dict(SERVED_AT[precision.name])
     if precision.arithmetic == "f32":
         settings["inference_precision"] = "f32"
+    if precision.activations == "int8":
+        settings["dynamic_quantisation_group"] = ACTIVATION_GROUP
     if precision.kv != "auto":
         settings["kv_precision"] = precision.kv
     recorded = {"precision": precision.name, "settings": settings}
