@@ -269,7 +269,8 @@ def test_convert_leaves_a_gated_runtime_folder(llama, tmp_path):
 
 
 def interrupted(arguments, seconds_or_line):
-    """The finished process of a command that got Ctrl-C after some seconds, or at a line of progress."""
+    """(exit code as a shell has it, output, errors) of a command that got Ctrl-C after some seconds, or at a line of
+    progress. Python ends by the signal where it came while an extension ran Python code: to a shell 130 as well."""
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -283,7 +284,8 @@ def interrupted(arguments, seconds_or_line):
         time.sleep(seconds_or_line)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    return process.returncode, out, seen + err
+    code = 128 - process.returncode if process.returncode < 0 else process.returncode
+    return code, out, seen + err
 
 
 @pytest.mark.parametrize("line", ["] read", "] original", "] export", "] quantise", "] served path", "] evaluate"])

@@ -1,6 +1,12 @@
 """What people see while a run goes on."""
 
-from lightship.cli.display import Bar
+import contextlib
+import os
+import signal
+
+import pytest
+
+from lightship.cli.display import Bar, stages
 
 
 def bar_at(*moments):
@@ -23,3 +29,14 @@ def test_eta_follows_the_predicted_shares():
 
 def test_without_a_prediction_stages_count_equally():
     assert bar_at((30, "[3/4] speed and memory")) == "[3/4] speed and memory   50%   0:30, about 0:30 left"
+
+
+def test_ctrl_c_that_a_library_swallowed_is_heard_at_the_next_line(capsys):
+    with stages() as listen:
+        listen("[1/2] read")
+        with contextlib.suppress(KeyboardInterrupt):  # as an import may do
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            listen("[2/2] export")
+    assert "export" not in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -142,7 +142,7 @@ def test_shares_without_a_rank_and_a_second_time_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnx"])
-@pytest.mark.parametrize("kind", ["llama", "untied", "bert"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("untied", marks=pytest.mark.slow), "bert"])
 def test_it_passes_the_gates_of_a_runtime(tmp_path, kind, target):
     source = MODELS[kind](tmp_path / "source")
     options = {"keep": 0.9, "embedding": 0.6}

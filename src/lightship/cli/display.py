@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -21,9 +24,36 @@ Listener = Callable[[str], None]
 
 @contextlib.contextmanager
 def stages() -> Iterator[Listener]:
-    """A listener for a pipeline's progress lines; a line such as `[3/9, 16%] export` opens a stage."""
-    with _live() if sys.stderr.isatty() else _plain() as listener:
-        yield listener
+    """A listener for a pipeline's progress lines; a line such as `[3/9, 16%] export` opens a stage. It raises
+    `KeyboardInterrupt` where Ctrl-C came before and was swallowed, as by some libraries while they are imported."""
+    with _interrupts() as heard, _live() if sys.stderr.isatty() else _plain() as listener:
+
+        def listen(line: str) -> None:
+            if heard:
+                raise KeyboardInterrupt
+            listener(line)
+
+        yield listen
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """What is no longer empty once Ctrl-C came; always is outside the main thread, and where Ctrl-C is ignored."""
+    heard: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
+
+    ordinary = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ordinary or threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
