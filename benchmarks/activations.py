@@ -15,6 +15,7 @@ from benchmarks.page import DOCS, put, section, spread, table
 from lightship.calibration import default_text, paragraphs
 from lightship.encoder import Encoder, row_of
 from lightship.evaluation import memory
+from lightship.evaluation.speed import SEQUENCE
 from lightship.find import find
 from lightship.pipeline import ship
 from lightship.recipe import Precision, Recipe
@@ -78,8 +79,8 @@ def main() -> None:
             cells += [spread(values, ".0f"), spread([one / of for one, of in zip(values, base[size], strict=True)])]
         rows.append([label, *cells])
     put(name, f"{table(rows)}\n\nMedian (range) of {asked.rounds} rounds in turns; × against OpenVINO in int8 with "
-        f"activations in floats, of the same round. Sequences of 128 tokens. Moves: 1 − mean cosine of {PAIRS} texts "
-        "computed alone and beside another.", PAGE)  # fmt: skip
+        f"activations in floats, of the same round. Sequences of {SEQUENCE} tokens. Moves: 1 − mean cosine of {PAIRS} "
+        "texts computed alone and beside another.", PAGE)  # fmt: skip
 
 
 if __name__ == "__main__":

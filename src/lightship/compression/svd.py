@@ -1,5 +1,4 @@
-"""Replace linear layers, embedding and head too where asked, by products of two smaller ones, of the ranks that lose
-least."""
+"""Replace linear layers, and tables where asked, by products of two smaller ones, of the ranks that lose least."""
 
 from __future__ import annotations
 
