@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lightship.checkpoint import Checkpoint, save
 from lightship.compression._activations import read
 from lightship.compression._stacks import Layers
-from lightship.compression.depth import influence
+from lightship.compression.depth import greedy, influence
 from lightship.errors import UnsupportedError, UsageError
 from lightship.layers import stacks
 from lightship.low_rank import LowRank
@@ -205,6 +205,15 @@ def test_greedy_looks_at_the_model_as_it_is_cut(models, tmp_path):
         costs[number] = np.mean([kl(p, q) for p, q in zip(whole, said(made, given), strict=True)])
     assert second == min(costs, key=costs.__getitem__)
     assert both.lineage[-1]["cost"][1] == pytest.approx(costs[second], rel=1e-3)
+
+
+def test_greedy_computes_only_what_comes_after_a_layer(models):
+    """A row of the original, one of what is kept, then for each of four layers those after it."""
+    layers, computed = Layers(models("llama").load()), []
+    for layer in layers.all:
+        layer.mlp.register_forward_hook(lambda *_: computed.append(1))
+    greedy(layers, context(models("llama")), 1, rows=1)
+    assert len(computed) == LAYERS + LAYERS + sum(range(LAYERS))
 
 
 def test_random_is_seeded_and_nested(models, tmp_path):

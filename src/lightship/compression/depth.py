@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -139,14 +140,48 @@ def greedy(layers: Layers, context: Context, count: int, rows: int) -> tuple[lis
         totals = dict.fromkeys(tried, 0.0)
         for batch in batches:
             original = _outputs(layers, range(len(layers)), batch)
-            for number in tried:
-                totals[number] += distance(original, _outputs(layers, kept - {number}, batch))
+            for number, said in _without_each(layers, kept, tried, batch):
+                totals[number] += distance(original, said)
         best = min(tried, key=totals.__getitem__)
         kept.remove(best)
         dropped.append(best)
         costs.append(totals[best] / len(batches))
         context.say(f"without layer {best}: {costs[-1]:.4f} from the original")
     return dropped, costs
+
+
+def _without_each(
+    layers: Layers, kept: Set[int], tried: Sequence[int], batch: Inputs
+) -> Iterator[tuple[int, tuple[str, torch.Tensor]]]:
+    """What the model with the layers `kept` says of one row without each of `tried`, which ascend. Layers before it say
+    again what they said with all: only those after it are computed anew."""
+    said: dict[int, Any] = {}
+
+    def hook(number: int) -> Any:
+        def note(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            said[number] = output
+
+        return note
+
+    handles = [layers.all[number].register_forward_hook(hook(number)) for number in kept]
+    try:
+        _outputs(layers, kept, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    try:
+        for number in tried:
+            for before in kept:
+                if before < number:
+                    vars(layers.all[before])["forward"] = partial(_again, said[before])
+            yield number, _outputs(layers, kept - {number}, batch)
+    finally:
+        for before in kept:
+            vars(layers.all[before]).pop("forward", None)
+
+
+def _again(said: Any, *arguments: Any, **named: Any) -> Any:
+    return said
 
 
 def _rows(batches: Sequence[Inputs], count: int) -> Iterator[Inputs]:
