@@ -27,12 +27,12 @@ METHODS = ("greedy", "influence", "random")
 ROWS = 2  # of 512 tokens, for each layer that greedy tries
 CHUNKS = 16
 WIDTHS: dict[str, dict[str, Any]] = {
-    f"mlp {share}{', not uniform' * (not uniform)}{f', {importance}' * (importance != 'activation')}"
+    f"mlp {share}{', not uniform' * (not uniform)}{f', {importance}' * (importance != 'fisher')}"
     f"{', not fitted' * (not update)}": {"mlp": share, "uniform": uniform, "importance": importance, "update": update}
     for share, uniform, importance, update in (
-        (0.9, True, "activation", True), (0.9, True, "activation", False), (0.8, True, "activation", True),
-        (0.8, True, "activation", False), (0.8, False, "activation", True), (0.8, True, "magnitude", True),
-        (0.8, True, "random", True),
+        (0.9, True, "fisher", True), (0.9, True, "fisher", False), (0.8, True, "fisher", True),
+        (0.8, True, "fisher", False), (0.8, False, "fisher", True), (0.8, True, "activation", True),
+        (0.8, False, "activation", True), (0.8, True, "magnitude", True), (0.8, True, "random", True),
     )
 }  # fmt: skip
 

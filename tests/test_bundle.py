@@ -238,6 +238,9 @@ def test_no_manifest_is_not_a_bundle(bundle):
         verify(bundle.folder)
     with pytest.raises(UsageError, match="not a folder"):
         verify(bundle.folder / "nothing")
+    (bundle.folder / "config.json").write_text("{}")
+    with pytest.raises(IncompleteBundle, match="is a model, not a bundle"):
+        verify(bundle.folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"format":"other"}', '{"format":"lightship-bundle"}'])

@@ -365,6 +365,10 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(bundle_path, llama, copy, tmp
     before = snapshot(bundle_path)
     refused("ship", llama.folder, "-o", bundle_path, "--dry-run", says="exists already")
     assert snapshot(bundle_path) == before
+    refused("ship", copy.folder, "--text", "none.txt", "--dry-run", says="text: there is no file none.txt")
+    refused("ship", copy.folder, "--target", "gguf", "--dry-run", says="lightship convert --target gguf -p q8_0")
+    refused("ship", copy.folder, "-p", "q5_0", "--dry-run", says=["--precision int8", "convert --target gguf` has it"])
+    refused("convert", copy.folder, "--target", "gguf", "-p", "q8_0", "--kv", "u8", "--dry-run", says="fixes no kv")
     edit(copy.folder / "config.json", model_type="perceptron-9")
     refused("ship", copy.folder, "-o", tmp_path / "out", "--dry-run", says="perceptron-9")
 

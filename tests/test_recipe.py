@@ -43,6 +43,10 @@ def test_a_whole_recipe(tmp_path):
         ("a: &a [1]\nb: *c\n", "is not YAML"),
         ("source: \xff\n", None),
         ("version: 0\nsource: x\n", "version"),
+        (
+            "source: x\nsteps: [{svd: {keep: 0.9}, depth: {drop: 1}}]\n",
+            "one step an entry of the list, but here are svd",
+        ),
     ],
 )
 def test_mistakes_name_the_key(tmp_path, text, says):
@@ -51,6 +55,17 @@ def test_mistakes_name_the_key(tmp_path, text, says):
     with pytest.raises(UsageError, match=r"recipe\.yaml|limit") as caught:
         read_recipe(path)
     assert says is None or says in str(caught.value)
+
+
+def test_options_that_contradict_each_other_are_named_alone(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read_recipe(write(tmp_path, "source: x\nprecision: {name: int8, group_size: 32}\n"))
+    assert str(caught.value).endswith("precision: group_size changes nothing at int8: it is for int4")
+
+
+def test_a_name_is_a_precision_and_a_limit_a_list_of_one(tmp_path):
+    short = read_recipe(write(tmp_path, "source: x\nprecision: fp32\naccept: kld<=0.3\n"))
+    assert short == Recipe(source="x", precision=Precision(name="fp32"), accept=("kld<=0.3",))
 
 
 def test_a_newer_recipe_is_not_guessed_at(tmp_path):

@@ -126,7 +126,7 @@ def advise(source: str, *, text: str | None = None, progress: Progress = lambda 
             work.announce(stage)
             trials.append(_try(recipe, original, context, kind, options, Path(name)))
             work.say(_said(trials[-1]))
-        return _advice(original, tuple(trials), Path(source).name)
+        return _advice(original, tuple(trials), source)
 
 
 def _try(
@@ -209,7 +209,8 @@ def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balan
     if smaller:
         best, others = smaller[0], " and ".join(each.label for each in smaller[1:3]) or "nothing"
         found.append(f"Memory and decoding: {best.label} leaves {best.bytes:.0%} of the bytes at a loss of "
-                     f"{best.loss:.2g}; next would be {others}.")  # fmt: skip
+                     f"{best.loss:.2g}; next would be {others}. Here all weights are rounded to nearest: in int4 "
+                     "`ship` fits them to what the model computes, and loses less.")  # fmt: skip
     if faster:
         best = faster[0]
         found.append(f"Computing: {best.label} saves {1 - best.compute:.0%} of it at a loss of {best.loss:.2g}, the "
@@ -219,10 +220,16 @@ def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balan
     found.append("Zeros alone (magnitude, wanda) save neither bytes nor time in the runtimes here.")
     first = smaller[0] if smaller else faster[0] if faster else None
     if first is not None:
-        quantise = first.name == "quantise"
-        how = f"ship {source} -p int8" if quantise else f"compress {source} --step {first.name}"
-        found.append(f"Try first: lightship {how}")
+        found.append(f"Try first: lightship {_command(first, source)}")
     return found
+
+
+def _command(trial: Trial, source: str) -> str:
+    """What does it."""
+    if trial.name == "quantise":
+        return f"ship {source} -p int{trial.options['bits']}"
+    return " ".join([f"compress {source} --step {trial.name}",
+                     *(f"--set {name}={value}" for name, value in trial.options.items())])  # fmt: skip
 
 
 def _said(trial: Trial) -> str:

@@ -179,10 +179,15 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 def _manifest_bytes(folder: Path) -> bytes:
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder", hint="give the path that `lightship ship` printed")
+        raise UsageError(
+            f"{folder} is not a folder",
+            hint="give the path that `lightship ship` printed; a server's address begins with http://",
+        )
     path = folder / MANIFEST
     if path.is_symlink():
         raise TamperedBundle(f"{path} is a symbolic link", hint=REBUILD)
+    if not path.is_file() and (folder / "config.json").is_file():
+        raise IncompleteBundle(f"{folder} is a model, not a bundle", hint=f"`lightship ship {folder}` makes one of it")
     if not path.is_file():
         raise IncompleteBundle(f"{folder} has no {MANIFEST}: it is not a bundle, or was never finished", hint=REBUILD)
     try:

@@ -20,6 +20,7 @@ from lightship.checkpoint import Checkpoint, sha256, write_json
 from lightship.errors import UsageError
 from lightship.evaluation import calibrating, loss, memory
 from lightship.output import appear, check_out, scratch
+from lightship.preflight import check_files
 from lightship.recipe import STEP_LIMITS, Recipe
 from lightship.report import Metric
 from lightship.sources import look
@@ -81,6 +82,7 @@ def compress(
     steps = steps_of(recipe)
     if not steps:
         raise UsageError("no step is given", hint="for example --step svd --set keep=0.9; see `lightship list`")
+    check_files(recipe)
     check_out(out, recipe, force, MARK)
     place = runs / f"{Path(recipe.source.rstrip('/')).name}-{'-'.join(step.name() for step in steps)}"
     work = Work(place, stages(steps), progress)

@@ -15,6 +15,7 @@ from lightship.errors import MissingExtra, UnknownName, UsageError
 
 PACKAGE = Path(__file__).parent
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+CALLED = {"compression": "step"}  # what a folder holds, where its name does not say
 
 
 def names(folder: str) -> list[str]:
@@ -41,7 +42,7 @@ def find(folder: str, name: str) -> ModuleType:
     known = names(folder)
     near = difflib.get_close_matches(name, known, 1)
     raise UnknownName(
-        f"no {folder.removesuffix('s')} is called {name!r}; known are {', '.join(known) or 'none'}",
+        f"no {CALLED.get(folder, folder.removesuffix('s'))} is called {name!r}; known are {', '.join(known) or 'none'}",
         hint=f"did you mean {near[0]!r}?" if near else None,
     )
 

@@ -27,8 +27,8 @@ from lightship.kind import GENERATORS, kind_of
 from lightship.machine import machine, versions
 from lightship.output import appear, check_out, scratch
 from lightship.papers import published
-from lightship.preflight import Plan, Seen, check_packages, first_look, plan
-from lightship.recipe import NEAREST, SHIPPED, Precision, Recipe
+from lightship.preflight import Plan, Seen, check_files, check_packages, first_look, plan
+from lightship.recipe import NEAREST, SHIPPED, Precision, PrecisionName, Recipe
 from lightship.report import Report
 from lightship.sources import look, peek
 from lightship.step import Lighter
@@ -162,7 +162,8 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True, 
 
     Raises `UnknownName`, or `UnsupportedError` for what a target or architecture cannot do.
     """
-    modules = {name: _shippable(name, convert) for name in recipe.targets or (TARGET,)}
+    check_files(recipe)
+    modules = {name: _shippable(name, convert, recipe.precision) for name in recipe.targets or (TARGET,)}
     found = {name: _settle(recipe.precision, target) for name, target in modules.items()}
     if fetch:
         log = silent if Path(recipe.source).is_dir() else progress  # it may have to be fetched, which takes its time
@@ -190,23 +191,33 @@ def settled(recipe: Recipe, progress: Progress = silent, *, fetch: bool = True, 
     return Settled(recipe, targets, False, seen)
 
 
-def _shippable(name: str, convert: bool) -> ModuleType:
+def _shippable(name: str, convert: bool, precision: Precision) -> ModuleType:
     target = find("targets", name)
     if not hasattr(target, "export"):
         raise UnsupportedError(f"the target {name!r} is not made to be shipped", hint="use openvino or onnx")
     if not convert and not decoder_pipeline.serves(target):
-        raise UnsupportedError(f"lightship does not serve {name}, so it ships no bundle of it",
-                               hint=f"use `lightship convert --target {name}`: the same gates, one folder")  # fmt: skip
+        asked = precision.name if precision.name in _taken(target) else NEAREST.get(precision.name, _taken(target)[0])
+        raise UnsupportedError(
+            f"lightship does not serve {name}, so it ships no bundle of it",
+            hint=f"use `lightship convert --target {name} -p {asked}`: the same gates, one folder",
+        )
     return target
 
 
+def _taken(target: ModuleType) -> tuple[PrecisionName, ...]:
+    """The precisions that `target` has."""
+    found: tuple[PrecisionName, ...] = getattr(target, "PRECISIONS", SHIPPED)
+    return found
+
+
 def _settle(precision: Precision, target: ModuleType) -> tuple[Precision, list[str]]:
-    taken = getattr(target, "PRECISIONS", SHIPPED)
+    taken, name = _taken(target), target.__name__.rpartition(".")[2]
     if precision.name not in taken:
         nearest = NEAREST.get(precision.name)
+        other = "" if name == "gguf" or precision.name in SHIPPED else "; `lightship convert --target gguf` has it"
         raise UnsupportedError(
-            f"the target {target.__name__.rpartition('.')[2]!r} has no precision {precision.name}",
-            hint=f"use --precision {nearest if nearest in taken else ', '.join(taken)}",
+            f"the target {name!r} has no precision {precision.name}",
+            hint=f"use --precision {nearest if nearest in taken else ', '.join(taken)}{other}",
         )
     found: tuple[Precision, list[str]] = target.settle(precision) if hasattr(target, "settle") else (precision, [])
     return found

@@ -20,7 +20,7 @@ from lightship.checkpoint import Checkpoint, check_config, context_length, requi
 from lightship.costs import Cost, Costs, Rates, Shape
 from lightship.encoder import context_of
 from lightship.encoder_costs import EncoderShape
-from lightship.errors import UnsupportedError
+from lightship.errors import UnsupportedError, UsageError
 from lightship.find import find
 from lightship.kind import kind_of
 from lightship.machine import memory_available
@@ -103,6 +103,14 @@ def first_look(recipe: Recipe, peek: Callable[[str, str | None, str | None], See
         check_config(seen.config, recipe.source)
         check_architecture(seen.config)
     return seen
+
+
+def check_files(recipe: Recipe) -> None:
+    """Raise `UsageError` when a file that `recipe` names is not there."""
+    for name in ("text", "calibrate", "golden"):
+        path = getattr(recipe, name)
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"{name}: there is no file {path}", hint="paths are taken from the current folder")
 
 
 def check_packages(targets: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ class Precision(_Data):
             raise ValueError("ratio is NNCF's way to mix int4 and int8: leave it out beside bits or fit")
         asked = [name for name in NNCF if getattr(self, name)]
         if self.fit and asked:
-            raise ValueError(f"fit rounds in its own way: leave out {asked[0]}, or say fit: false")
+            raise ValueError(f"fit rounds in its own way: leave out {asked[0]}, or fit (--no-fit)")
         exact = self.name == "fp32" or self.arithmetic == "f32"
         if self.kv == ("bf16" if exact else "f32"):
             raise ValueError(f"keys and values in {self.kv} need arithmetic {'auto' if exact else 'f32'}: the runtime "
@@ -136,6 +136,8 @@ class StepSpec(_Data):
     def _short(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
+        if isinstance(value, dict) and len(value) > 1 and "name" not in value:
+            raise ValueError(f"one step an entry of the list, but here are {', '.join(map(str, value))}")
         if isinstance(value, dict) and len(value) == 1 and "name" not in value:
             ((name, options),) = value.items()
             return {"name": name, "options": {} if options is None else options}
@@ -163,6 +165,16 @@ class Recipe(_Data):
     text: str | None = Field(None, description="file to score on: plain text, chat or pairs JSONL")
     golden: str | None = Field(None, description="file of golden cases (JSONL)")
     accept: tuple[str, ...] = ()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _by_its_name(cls, precision: Any) -> Any:
+        return {"name": precision} if isinstance(precision, str) else precision
+
+    @field_validator("accept", mode="before")
+    @classmethod
+    def _one(cls, accept: Any) -> Any:
+        return (accept,) if isinstance(accept, str) else accept
 
     @field_validator("accept")
     @classmethod
@@ -276,7 +288,11 @@ def explain(error: ValidationError, known: Sequence[str] | None = None) -> str:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] != "extra_forbidden":
-        return f"{'.'.join(place) + ': ' if place else ''}{first['msg']}, received {str(first['input'])[:80]!r}"
+        said = f"{'.'.join(place) + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+        whole = isinstance(
+            first["input"], dict | BaseModel
+        )  # of options that contradict each other: the words name them
+        return said if whole else f"{said}, received {str(first['input'])[:80]!r}"
     known = known or list((Precision if place[0] == "precision" else Recipe).model_fields)
     near = difflib.get_close_matches(place[-1], known, 1)
     advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -167,6 +167,7 @@ def test_a_cut_gguf(tmp_path):
         (("check", "/nowhere/at/all"), "/nowhere/at/all"),
         (("serve", "/nowhere/at/all", "--port", "0"), "/nowhere/at/all"),
         (("chat", "http://127.0.0.1:9/"), "is the server running?"),
+        (("chat", "127.0.0.1:9"), "a server's address begins with http://"),
     ],
 )
 def test_wrong_use(arguments, says, tmp_path):

@@ -52,9 +52,14 @@ def test_what_it_refuses(tmp_path):
     refused("compress", tmp_path, says="no step is given")
     refused("compress", tmp_path, "--step", "magnitude", "--set", "sparsity=2", says="less than 1, received '2'")
     refused("compress", tmp_path, "--step", "magnitude", "--limit", "kld", says="cannot read 'kld'")
+    refused("compress", tmp_path, "--step", "magnitude", "--limit", "kld<=0.3", says="example --limit kld=0.1")
+    refused("compress", tmp_path, "--step", "magnitude", "--text", "none.txt", says="text: there is no file none.txt")
+    bare = lightship("compress", "--step", "magnitude")
+    assert bare.returncode == 2 and "Missing argument 'SOURCE'" in bare.stderr
     refused("compress", tmp_path, "--step", "magnitude", "--limit", "speed=2", says="known are kld")
 
 
 def test_the_options_of_a_step(tmp_path):
-    done = lightship("compress", "anything", "--step", "magnitude", "--describe")
-    assert "sparsity=0.5" in done.stdout and "< 1.0" in done.stdout
+    done = lightship("compress", "--step", "magnitude", "--describe")
+    assert "sparsity=0.5" in done.stdout and "< 1.0" in done.stdout and "keep=" not in done.stdout
+    assert "keep=0.9" in lightship("compress", "--describe").stdout

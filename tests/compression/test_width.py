@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lightship.checkpoint import save
 from lightship.compression._activations import norms, read
+from lightship.compression._gradients import fisher
 from lightship.compression._units import allocate, heads, mlps, refit
 from lightship.errors import UnsupportedError, UsageError
 from lightship.layers import linears, weight_of
@@ -130,24 +131,45 @@ def test_heads_go_in_whole_groups(models, tmp_path):
         assert cut.self_attn.num_key_value_groups == whole.self_attn.num_key_value_groups == 2
 
 
-def test_what_adds_the_least_goes(models, tmp_path):
-    """Importance by activation against plain sums in float64; a channel that is silent on the text goes first."""
+@pytest.mark.parametrize("importance", ["activation", "fisher"])
+def test_what_adds_the_least_goes(models, importance, tmp_path):
+    """Importance against plain sums in float64, of what a channel adds for each token, squared; by fisher in the metric
+    of the answers' gradients."""
     checkpoint = models("llama")
     given = context(checkpoint)
     model = checkpoint.load("float64")
     units = mlps(model)[1]
-    found = units.energy(norms(model, {"x": units.reader}, given.batches)["x"])
+    asked = fisher(model, {"x": units.reader}, given.batches, given.seed)["x"] if importance == "fisher" else None
+    found = units.energy(norms(model, {"x": units.reader}, given.batches)["x"], asked)
     seen = []
     units.reader.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].numpy()))
     list(read(model, given.batches))
     rows = seen[0][given.batches[0]["attention_mask"] == 1]
     weight = units.reader.weight.detach().numpy()
-    expected = [sum(float(np.sum((value * weight[:, index]) ** 2)) for value in rows[:, index]) for index in range(128)]
+    metric = np.eye(64) if asked is None else asked.numpy()
+    added = [[value * weight[:, index] for value in rows[:, index]] for index in range(128)]
+    expected = [sum(float(each @ metric @ each) for each in channel) for channel in added]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
-    made = step(mlp=0.5).apply(checkpoint, tmp_path / "cut", given)
+    made = step(mlp=0.5, importance=importance).apply(checkpoint, tmp_path / "cut", given)
     kept = made.load("float64").model.layers[1].mlp.up_proj.weight
     best = sorted(np.argsort(expected)[64:])
     assert torch.equal(kept, model.model.layers[1].mlp.up_proj.weight[best])
+
+
+def test_layers_that_the_answers_depend_on_keep_more(tmp_path):
+    """The first layer adds a thousandth of what it did; by its own energy it is like the others."""
+    model = tiny_llama(tmp_path / "model", num_hidden_layers=3).load("float32")
+    for name, weight in model.named_parameters():
+        if name.startswith("model.layers.0.mlp.down_proj"):
+            weight.data *= 1e-3
+    changed = save(model, tmp_path / "model", tmp_path / "quiet", {"step": "quiet"})
+    given = context(changed)
+    kept = {}
+    for importance in ("activation", "fisher"):
+        made = step(mlp=0.5, uniform=False, importance=importance).apply(changed, tmp_path / importance, given)
+        kept[importance] = made.lineage[-1]["kept"]["mlp"]
+    assert kept["fisher"][0] == 16 < min(kept["fisher"][1:])
+    assert kept["activation"][0] > 32
 
 
 def test_the_fit_is_that_of_least_squares():

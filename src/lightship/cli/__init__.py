@@ -18,6 +18,7 @@ from lightship.errors import LightshipError
 
 VERBS = ("ship", "init", "run", "advise", "compress", "convert", "evaluate", "check", "tune", "serve", "reload",
          "rollback", "keys", "chat", "bench", "show", "list", "doctor", "demo", "completion")  # fmt: skip
+KEEPING = ("run", "compress")  # verbs whose finished stages stay
 
 
 class Verbs(click.Group):
@@ -57,6 +58,12 @@ def cli() -> None:
     """Make a language model light, and ship it."""
 
 
+def _left(arguments: list[str]) -> str:
+    """What is there after Ctrl-C."""
+    kept = next(iter(arguments), "") in KEEPING
+    return "finished stages are kept, the next run goes on from there" if kept else "nothing was left behind"
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit. Errors of ours print one message and no traceback."""
     try:
@@ -65,7 +72,7 @@ def main(arguments: list[str] | None = None) -> Any:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; nothing was left behind", err=True)
+        click.echo(f"stopped; {_left(sys.argv[1:] if arguments is None else arguments)}", err=True)
         sys.exit(130)
     except LightshipError as error:
         click.echo(f"lightship: {error}", err=True)

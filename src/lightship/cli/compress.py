@@ -31,7 +31,7 @@ class InOrder(click.Command):
 
 
 @click.command(cls=InOrder)
-@click.argument("source", shell_complete=models)
+@click.argument("source", shell_complete=models, required=False)
 @click.option("--step", multiple=True, metavar="NAME", help="A step, see `lightship list`; several run in this order.")
 @click.option("--set", multiple=True, metavar="OPTION=VALUE", help="An option of the step before it, see --describe.")
 @click.option("--recipe", type=click.Path(), help="Take steps, limits, texts and seed from this recipe.")
@@ -46,22 +46,23 @@ class InOrder(click.Command):
 @click.option("--runs", default="runs", show_default=True, type=click.Path(), help="Where finished steps are kept.")
 @click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option("--ignore-shortage", is_flag=True, help="Go on where memory seems too small.")
-@click.option("--describe", is_flag=True, help="Print the options of the steps that are named, and do nothing.")
+@click.option("--describe", is_flag=True, help="Print the options of the steps named, or of all, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def command(
-    ctx: click.Context, /, source: str, out: str | None, runs: str, force: bool, ignore_shortage: bool, describe: bool,
-    as_json: bool, **given: Any,
+    ctx: click.Context, /, source: str | None, out: str | None, runs: str, force: bool, ignore_shortage: bool,
+    describe: bool, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Take SOURCE (a folder, a .gguf file, a hub id, or `demo`) through steps to a lighter checkpoint."""
-    from lightship.compress_pipeline import compress, steps_of
+    from lightship.compress_pipeline import compress
 
+    if describe:
+        _describe(given["step"])
+        return
+    if source is None:
+        raise click.MissingParameter(ctx=ctx, param_hint="'SOURCE'", param_type="argument")
     by_hand = {name for name in given if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     recipe = _recipe(source, ctx.meta[ORDER], by_hand, **given)
-    if describe:
-        for step in steps_of(recipe):
-            click.echo(step.describe())
-        return
     names = "-".join(spec.name for spec in recipe.steps)
     folder = Path(out) if out else Path(f"{Path(source.rstrip('/')).name.removesuffix('.gguf')}-{names}")
     with stages() as progress:
@@ -69,6 +70,14 @@ def command(
             recipe, folder, runs=Path(runs), force=force, progress=progress, ignore_shortage=ignore_shortage
         )
     click.echo(json.dumps(_plain(found)) if as_json else _table(found))
+
+
+def _describe(steps: Sequence[str]) -> None:
+    """Print the options of `steps`, of all where none is named."""
+    from lightship.find import names
+    from lightship.step import step_class
+
+    click.echo("\n\n".join(step_class(name).describe() for name in steps or names("compression")))
 
 
 def _recipe(source: str, order: Sequence[str], by_hand: Collection[str], **given: Any) -> Any:
@@ -109,7 +118,7 @@ def _steps(order: Sequence[str], steps: Sequence[str], options: Sequence[str]) -
 
 def _pair(text: str, example: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
-    if not separator or not name.strip() or not value.strip():
+    if not separator or not name.strip().isidentifier() or not value.strip():
         raise UsageError(f"cannot read {text!r}", hint=f"write for example {example}")
     return name.strip(), value.strip()
 

@@ -10,7 +10,7 @@ import click
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(as_json: bool) -> None:
-    """List what recipes can name."""
+    """List the sources, targets and steps that are installed, third parties' among them."""
     from lightship.find import names
 
     found = {folder: names(folder) for folder in ("sources", "compression", "targets")}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.step import Inputs
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+TOKENS = 512  # of a calibration row
 ANSWERS = ("logits", "start_logits", "end_logits")  # distributions over the last axis
 
 
@@ -52,6 +54,13 @@ def fisher(
             first = next(iter(answers))
             answered += int(real.sum()) if first.shape[:2] == real.shape and first.ndim == 3 else first[..., 0].numel()
     return {name: total / (answered * read[name]) for name, total in sums.items()}
+
+
+def gradient_bytes(checkpoint: Checkpoint) -> int:
+    """What a gradient over a calibration row keeps in memory: inputs and outputs of every matrix, and the answers."""
+    shapes = [shape for shape in checkpoint.shapes.values() if len(shape) == 2]
+    sides = sum(side for shape in shapes if checkpoint.vocabulary not in shape for side in shape)
+    return 4 * TOKENS * (2 * sides + 4 * checkpoint.vocabulary)
 
 
 def _answers(out: Any, real: torch.Tensor, draw: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -39,10 +39,10 @@ class Units:
         """How many there are."""
         return int(inputs_of(self.reader).shape[1]) // self.width
 
-    def energy(self, norms: torch.Tensor) -> torch.Tensor:
-        """Σ ‖X_j‖² ‖W_j‖² over the inputs of each unit: what it adds to the reader's output, as if they were
-        independent. `norms` are ‖X_j‖ of all inputs."""
-        return self._sums(norms.square() * columns(self.reader), self.width)
+    def energy(self, norms: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
+        """Σ ‖X_j‖² W_jᵀ M W_j over the inputs of each unit: what it adds to the reader's output, as if they were
+        independent, in the `metric` M (outputs, outputs), None for the identity. `norms` are ‖X_j‖ of all inputs."""
+        return self._sums(norms.square() * columns(self.reader, metric), self.width)
 
     def size(self) -> torch.Tensor:
         """The sum of the squares of all weights of each unit."""
@@ -159,12 +159,13 @@ def outputs_of(layer: Any) -> int:
     return int(weight_of(layer.expand if isinstance(layer, LowRank) else layer).shape[0])
 
 
-def columns(layer: Any) -> torch.Tensor:
-    """Squared length of what each input of `layer` adds to its output: (inputs,), float64."""
+def columns(layer: Any, metric: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared length, by `metric` (outputs, outputs), of what each input of `layer` adds to its output: (inputs,),
+    float64."""
     found = inputs_of(layer).double()
     if isinstance(layer, LowRank):
         found = layer.expand.weight.data.double() @ found
-    return found.square().sum(0)
+    return (found * (found if metric is None else metric @ found)).sum(0)
 
 
 def rows(layer: Any) -> torch.Tensor:

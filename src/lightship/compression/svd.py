@@ -14,7 +14,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.compression._activations import second_moments
 from lightship.compression._allocation import Curve, Ranks, allocate, uniform
 from lightship.compression._embedding import factorise_tables
-from lightship.compression._gradients import fisher
+from lightship.compression._gradients import fisher, gradient_bytes
 from lightship.errors import LightshipError, UnsupportedError
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Moments = Mapping[str, "torch.Tensor"]
-TOKENS = 512  # of a calibration row
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ class Svd(WeightStep):
         shapes = [shape for shape in checkpoint.shapes.values() if len(shape) == 2]
         sides = [side for shape in shapes if checkpoint.vocabulary not in shape for side in shape]
         moments = sum(8 * side**2 for side in sides)
-        kept = 4 * TOKENS * (2 * sum(sides) + 4 * checkpoint.vocabulary)
         tables = [prod(shape) for shape in shapes if checkpoint.vocabulary in shape] if self.embedding else []
-        return super().predicted_bytes(checkpoint) + moments + kept + 3 * 8 * max(tables, default=0)
+        kept = moments + gradient_bytes(checkpoint) + 3 * 8 * max(tables, default=0)
+        return super().predicted_bytes(checkpoint) + kept
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         layers = linears(model)

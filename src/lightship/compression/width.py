@@ -1,5 +1,7 @@
-"""Cut MLP channels and whole key-value groups of heads; what remains can be fitted to what was there. Importance by
-activation is that of Wanda-sp and FLAP (An et al. 2024, arXiv:2312.11983); Minitron (arXiv:2407.14679) cuts alike."""
+"""Cut MLP channels and whole key-value groups of heads; what remains can be fitted to what was there.
+
+Importance by activation is that of Wanda-sp and FLAP (An et al. 2024, arXiv:2312.11983), here in the metric of the
+answers' Fisher information too; Minitron (arXiv:2407.14679) cuts alike."""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pydantic import Field
 
 from lightship.checkpoint import Checkpoint
 from lightship.compression._activations import norms, second_moments
+from lightship.compression._gradients import fisher, gradient_bytes
 from lightship.compression._rebuilt import changed, check_rebuilt
 from lightship.compression._units import Kind, Units, allocate, heads, inputs_of, mlps, refit, spread
 from lightship.errors import UsageError
@@ -39,10 +42,10 @@ class Width(WeightStep):
         description="cut every layer to the same sizes, so that config.json says all; else the least important go "
         "wherever they are, and structure.json has the sizes",
     )
-    importance: Literal["activation", "magnitude", "random"] = Field(
-        "activation",
-        description="of a unit: the energy that it adds to the output on the calibration set; the size of its weights; "
-        "or random, a control",
+    importance: Literal["fisher", "activation", "magnitude", "random"] = Field(
+        "fisher",
+        description="of a unit: the energy that it adds to the output on the calibration set (activation), weighted "
+        "by what the answers depend on (fisher); the size of its weights; or random, a control",
     )
     update: bool = Field(True, description="fit the weights that read the rest to what the whole layer computes")
     multiple: int = Field(64, ge=1, description="channels stay in multiples of this: groups of weights share a scale")
@@ -50,11 +53,14 @@ class Width(WeightStep):
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         sizes = [checkpoint.config.get(name) for name in CHANNELS]
         largest = max((size for size in sizes if isinstance(size, int)), default=0)
-        return super().predicted_bytes(checkpoint) + self.update * (MOMENTS + 8 * largest**2)
+        more = gradient_bytes(checkpoint) if self.importance == "fisher" else 0
+        return super().predicted_bytes(checkpoint) + self.update * (MOMENTS + 8 * largest**2) + more
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         before = sum(each.numel() for each in model.parameters())
         kinds = self._kinds(model)
+        if not kinds:
+            raise self._nothing()
         if self.uniform:
             counts = {name: _even(kind) for name, kind in kinds.items()}
             changes = configuration(model, kinds, counts)  # refused before anything is read
@@ -65,8 +71,7 @@ class Width(WeightStep):
                for units, score, left in zip(kind.units, scores[name], counts[name], strict=True)
                if left < units.count]  # fmt: skip
         if not cut:
-            raise UsageError(f"width: heads={self.heads:g} and mlp={self.mlp:g} would cut nothing",
-                             hint=f"channels are cut in steps of {self.multiple} (the option multiple)")  # fmt: skip
+            raise self._nothing()
         for some in _batched(cut) if self.update else [cut]:
             moments = second_moments(model, {each.name: each.reader for each, _ in some}, context.batches) \
                 if self.update else {}  # fmt: skip
@@ -78,6 +83,10 @@ class Width(WeightStep):
         after = sum(each.numel() for each in model.parameters())
         context.say(f"{after / before:.1%} of the parameters stay")
         return {"kept": counts, "parameters": after, "of": before}
+
+    def _nothing(self) -> UsageError:
+        return UsageError(f"width: heads={self.heads:g} and mlp={self.mlp:g} would cut nothing",
+                          hint=f"channels are cut in steps of {self.multiple} (the option multiple)")  # fmt: skip
 
     def _kinds(self, model: PreTrainedModel) -> dict[str, Kind]:
         """What is to be cut, by the name of its option."""
@@ -93,13 +102,14 @@ class Width(WeightStep):
     def _scores(
         self, model: PreTrainedModel, kinds: dict[str, Kind], context: Context
     ) -> dict[str, list[torch.Tensor]]:
-        """The importance of every unit; of a layer's own activations as a share of what all of its kind add there, so
-        that layers can be compared."""
+        """The importance of every unit, such that layers can be compared: nats of the answers, or the share of what
+        all of its kind have in its layer."""
         import torch
 
         draw = torch.Generator().manual_seed(context.seed)
         readers = {units.name: units.reader for kind in kinds.values() for units in kind.units}
-        seen = norms(model, readers, context.batches) if self.importance == "activation" else {}
+        seen = norms(model, readers, context.batches) if self.importance in ("fisher", "activation") else {}
+        asked = fisher(model, readers, context.batches, context.seed) if self.importance == "fisher" else {}
         found: dict[str, list[torch.Tensor]] = {}
         for name, kind in kinds.items():
             found[name] = []
@@ -109,8 +119,8 @@ class Width(WeightStep):
                 elif self.importance == "magnitude":
                     score = units.size()
                 else:
-                    score = units.energy(seen[units.name])
-                found[name].append(score / score.sum())
+                    score = units.energy(seen[units.name], asked.get(units.name))
+                found[name].append(score if self.importance == "fisher" else score / score.sum())
         return found
 
     def _cut(self, units: Units, kept: torch.Tensor, moments: torch.Tensor | None) -> None:

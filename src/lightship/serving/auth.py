@@ -124,8 +124,9 @@ def check_exposure(host: str, keys: KeyRing, tls: bool, behind_proxy: bool) -> N
         f"{host or 'every address'} can be reached by others")  # fmt: skip
     if not keys.locked:
         raise UsageError(
-            f"{others}, and there is no key: anyone could use it",
-            hint="`lightship keys create NAME` makes one; without keys serve on 127.0.0.1, for this machine alone",
+            f"{others}, and there is no key in {keys.place}: anyone could use it",
+            hint="`lightship keys create NAME` (--keys FILE for another file) makes one; without keys serve on "
+            "127.0.0.1, for this machine alone",
         )
     if not (tls or behind_proxy):
         raise UsageError(

@@ -232,6 +232,11 @@ class KeyRing:
         self._next = time.monotonic() + interval
 
     @property
+    def place(self) -> str:
+        """Where keys are read from."""
+        return "the key file (none is named)" if self._file is None else str(self._file.path)
+
+    @property
     def locked(self) -> bool:
         """Whether a key is needed."""
         self._look()

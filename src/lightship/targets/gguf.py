@@ -41,9 +41,11 @@ Floats = npt.NDArray[np.float32]
 
 
 def settle(precision: Precision) -> tuple[Precision, list[str]]:
-    """`precision` as it is. Raises `UnsupportedError` for an arithmetic: the file fixes none."""
-    if precision.arithmetic != "auto":
-        raise UnsupportedError("a GGUF file fixes no arithmetic; llama.cpp chooses it", hint="leave --arithmetic out")
+    """`precision` as it is. Raises `UnsupportedError` for an arithmetic or a precision of keys and values: the file
+    fixes none."""
+    for option in ("arithmetic", "kv"):
+        if getattr(precision, option) != "auto":
+            raise UnsupportedError(f"a GGUF file fixes no {option}; llama.cpp chooses it", hint=f"leave --{option} out")
     return precision, []
 
 
