@@ -1,7 +1,7 @@
 """The low-rank step on the demo model: what it loses at equal size, and where it is faster.
 
-`quality`: held-out text, three calibration sets; the arms of a table have the same number of parameters, and `ranks
-shuffled` is the first arm with its ranks dealt out anew among layers of one shape. `latency`: the whole model, exported
+`quality`: held-out text, three calibration sets; the arms of a table have about the same number of parameters, and
+`ranks shuffled` is the first arm with its ranks dealt out anew among layers of one shape. `latency`: the whole model, exported
 to OpenVINO with every layer at one share of its parameters, above 1 too; what weights hold does not change the work.
 """
 
@@ -93,7 +93,8 @@ def quality(work: Path, seeds: int, chunks: int, keeps: tuple[float, ...], rows:
     times = "once" if seeds == 1 else f"{seeds} times with other rows: mean (range)"
     parts.append(
         f"Held-out text: {chunks} passages of 512 tokens, the second half of each scored. Calibration: "
-        f"{context.tokens:,} tokens, {times}; ± is the standard error over passages. float32 arithmetic."
+        f"{context.tokens:,} tokens, {times}; ± is the standard error over passages. float32 arithmetic. "
+        "Equal shares are rounded down to ranks of 8, so those arms have fewer bytes; the shuffled one has the same."
     )
     return "\n\n".join(parts)
 
