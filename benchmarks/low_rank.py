@@ -1,8 +1,9 @@
 """The low-rank step on the demo model: what it loses at equal size, and where it is faster.
 
 `quality`: held-out text, three calibration sets; the arms of a table have about the same number of parameters, and
-`ranks shuffled` is the first arm with its ranks dealt out anew among layers of one shape. `latency`: the whole model, exported
-to OpenVINO with every layer at one share of its parameters, above 1 too; what weights hold does not change the work.
+`ranks shuffled` is the first arm with its ranks dealt out anew among layers of one shape. `latency`: the whole model,
+exported to OpenVINO with every layer at one share of its parameters, above 1 too; what weights hold does not change the
+work.
 """
 
 from __future__ import annotations
