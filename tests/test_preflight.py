@@ -177,6 +177,8 @@ def test_more_work_costs_more(llama):
     searched = amount(Recipe(source="x", precision=Precision(name="int4")), shape.context)
     for figure in (0, 1):  # scales are searched with calibration data
         assert totals(large, Precision(name="int4"), searched)[figure] > totals(large)[figure]
+    mixed = Precision(name="int4", bits=6)  # each matrix is tried, then some are fitted
+    assert totals(large, mixed, searched)[0] > totals(large, Precision(name="int4"), searched)[0]
 
 
 def test_every_stage_has_its_cost(llama, tmp_path):

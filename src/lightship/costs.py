@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightship import machine
-from lightship.recipe import Precision
+from lightship.recipe import NNCF, Precision
 
 Costs = dict[str, "Cost"]
 
@@ -196,6 +196,7 @@ TARGETS = {
 IMPORT, PROBE = 5.0, 2.0  # PyTorch and transformers; a fresh process
 SEARCH = 3.8e-7  # a weight of the body, whose scale is searched with calibration data
 FIT, CUBE = 5e-7, 7.7e-11  # a weight that is fitted; of the inputs of a matrix to the third power, once for each
+TRIED, MATRICES = 512, 7  # tokens that tell what int4 costs a matrix; matrices of a gated layer
 STEP_LAYER = 1e-3  # one token through PyTorch
 UNPACK, MERGE = 1.5e-7, 1e-8  # a parameter out of a GGUF file; one that an adapter changes
 LOAD, WIDEN = 3.0, 1.2e-9  # the original, once in memory; one of its 16-bit parameters widened for a pass
@@ -357,9 +358,10 @@ def _quantise(run: _Run) -> Cost:
     seconds += run.of.quantise_byte * run.exported
     memory = HEAP + max(run.served, run.held) + run.exported
     if run.precision.planned:
-        more, room = _fitting(run)
-        return Cost(seconds + more, HEAP + run.exported + room, kept=run.runtime)
-    if run.precision.data_aware:
+        more, room = _fitting(run) if run.precision.fit else (0.0, FLOAT * run.shape.parameters)
+        seconds += more + (0.0 if run.precision.bits is None else _trying(run))
+        memory = HEAP + run.exported + room
+    if any(getattr(run.precision, name) for name in NNCF):
         seconds += run.operations(run.amount.calibrate) / run.fast
         seconds += SEARCH * (run.shape.parameters - run.shape.table) * run.rates.slow
         memory = HEAP + SEARCH_MEMORY * run.exported
@@ -378,6 +380,15 @@ def _fitting(run: _Run) -> tuple[float, float]:
     seconds = LOAD * run.rates.slow + (run.operations(2 * tokens) + products) / run.rates.exact
     seconds += (FIT * body + CUBE * inner**3 * shape.layers) * run.rates.slow
     return seconds, (FLOAT + 1) * shape.parameters + 2 * tokens * FLOAT * (5 * inner + 8 * hidden)
+
+
+def _trying(run: _Run) -> float:
+    """Seconds to measure what int4 costs each matrix by itself: from its layer on the original reads `TRIED` tokens
+    anew, and what it says is compared."""
+    shape = run.shape
+    body = shape.parameters - shape.table * (1 if shape.tied else 2)
+    each = 2.0 * TRIED * (body / 2 + shape.table) / run.rates.exact + COMPARE * TRIED * shape.vocabulary
+    return MATRICES * shape.layers * each
 
 
 def _gate(run: _Run) -> Cost:

@@ -296,8 +296,8 @@ def plan(
         reason = f"the target {unmeasured[0]} has not been measured"
     elif seen.shape is not None and recipe.steps:
         reason = "what steps take has not been measured"
-    elif seen.shape is not None and (recipe.precision.gptq or recipe.precision.bits):
-        reason = f"{'gptq' if recipe.precision.gptq else 'bits'} has not been measured"
+    elif seen.shape is not None and recipe.precision.gptq:
+        reason = "gptq has not been measured"
     elif isinstance(seen.shape, Shape) and "onnx" in recipe.targets and recipe.precision.arithmetic == "f32":
         reason = "ONNX with the arithmetic f32 has not been measured"
     elif seen.shape is not None:
