@@ -122,6 +122,24 @@ def test_what_calibrates_must_not_score(small, tmp_path):
     made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
 
 
+def test_pairs_that_are_scored_must_not_calibrate(tmp_path):
+    model = tiny_seq2seq(tmp_path / "t5", "t5")
+    sentences = [f"Sentence {n} tells of ships, harbours and the weather at sea, more than once." for n in range(300)]
+    text, other = tmp_path / "pairs.jsonl", tmp_path / "other.txt"
+    text.write_text("\n".join(json.dumps({"source": each, "target": each.upper()}) for each in sentences[:40]))
+    other.write_text("\n\n".join(sentences))
+    with pytest.raises(UsageError, match="shares 40 paragraphs"):
+        made(model.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+
+
+def test_a_limit_on_what_is_not_measured_is_refused(small, tmp_path):
+    with pytest.raises(UsageError, match="cosine_loss: it is not measured of a decoder"):
+        made(small.folder, tmp_path, LIGHT, limits={"cosine_loss": 0.1})
+    embedder = tiny_encoder(tmp_path / "bert", "BertModel")
+    with pytest.raises(UsageError, match="kld: it is not measured of an embedder"):
+        made(embedder.folder, tmp_path, LIGHT, limits={"kld": 0.1})
+
+
 def test_what_cannot_be_is_refused_before_any_work(small, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no step is given"):
         made(small.folder, tmp_path)

@@ -198,7 +198,8 @@ def _advice(original: Checkpoint, trials: tuple[Trial, ...], source: str) -> Adv
 def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balance: float, source: str) -> list[str]:
     measured = [each for each in trials if each.refused is None]
     smaller = sorted(
-        (each for each in measured if each.serves == "memory" and each.bytes < 1), key=lambda each: each.loss
+        (each for each in measured if each.serves == "memory" and each.bytes < 1 and each.name != "vocabulary"),
+        key=lambda each: each.loss,  # that of a cut vocabulary is over the kept tokens, and so of another kind
     )
     faster = sorted((each for each in measured if each.compute < 1), key=lambda each: each.loss / (1 - each.compute))
     found = [
@@ -216,7 +217,8 @@ def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balan
         found.append(f"Computing: {best.label} saves {1 - best.compute:.0%} of it at a loss of {best.loss:.2g}, the "
                      "least for what it saves.")  # fmt: skip
     if tables >= DOMINATES:
-        found.append(f"Embedding and head are {tables:.0%} of the weights: cut the vocabulary to what your text needs.")
+        found.append(f"Embedding and head are {tables:.0%} of the weights: cut the vocabulary to what your text needs. "
+                     "Its loss above is over the tokens that stay; text in others becomes longer.")  # fmt: skip
     found.append("Zeros alone (magnitude, wanda) save neither bytes nor time in the runtimes here.")
     first = smaller[0] if smaller else faster[0] if faster else None
     if first is not None:

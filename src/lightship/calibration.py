@@ -22,9 +22,11 @@ REPEAT_CHARACTERS = 40  # a paragraph this long that occurs twice is a repetitio
 
 @dataclass(frozen=True)
 class Document:
-    """Pieces of text, each with whether it is scored (in a chat only the assistant's words are)."""
+    """Pieces of text, each with whether it is scored (in a chat only the assistant's words are). `messages`: (role,
+    content) of a chat as it was given; a template may put today's date around them."""
 
     pieces: tuple[tuple[str, bool], ...]
+    messages: tuple[tuple[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -33,12 +35,15 @@ class Document:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """SHA-256 of the text, or of the messages."""
+        return hashlib.sha256((json.dumps(self.messages) if self.messages else self.text).encode()).hexdigest()
 
     def answers(self) -> set[str]:
-        """The scored pieces that are long enough to be told from a stock phrase."""
-        return {text.strip() for text, scored in self.pieces if scored and len(text.strip()) >= REPEAT_CHARACTERS}
+        """What is scored, as far as it is long enough to be told from a stock phrase."""
+        said = [text for text, scored in self.pieces if scored]
+        if self.messages:
+            said = [content for role, content in self.messages if role == "assistant"]
+        return {text.strip() for text in said if len(text.strip()) >= REPEAT_CHARACTERS}
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,19 @@ class Text:
         scored = {piece for document in scoring for piece in document.answers()}
         calibration = [document for document in calibration if not scored & document.answers()]
         return Text(self.name, tuple(calibration), self.default), Text(self.name, tuple(scoring), self.default)
+
+    def check_apart(self, scored: Iterable[str]) -> None:
+        """Raise `UsageError` where this text, which calibrates, holds one of the long ones among `scored`, wherever
+        lines are broken."""
+        words = fold(" ".join(document.text for document in self.documents))
+        folded = sorted({fold(each) for each in scored})
+        shared = [each for each in folded if len(each) >= REPEAT_CHARACTERS and each in words]
+        if shared:
+            raise UsageError(
+                f"{self.name} shares {len(shared)} paragraphs with the text that is scored, such as "
+                f"{shared[0][:60]!r}; what calibrates must not score",
+                hint="leave them out of one of both, or leave --calibrate out: a part of the text then calibrates",
+            )
 
     @property
     def digest(self) -> str:
@@ -191,10 +209,10 @@ def read_text(path: Path, render: Render) -> Text:
 
 def _conversations(path: Path, lines: Sequence[tuple[int, str]], render: Render) -> Iterator[Document]:
     for number, line in lines:
-        pieces = tuple(render(_messages(path, number, line)))
+        pieces = tuple(render(messages := _messages(path, number, line)))
         if not any(scored for _, scored in pieces):
             raise UsageError(f"{path}, line {number}: no message of the assistant, so nothing to score")
-        yield Document(pieces)
+        yield Document(pieces, tuple((str(each["role"]), each["content"]) for each in messages))
 
 
 def _messages(path: Path, number: int, line: str) -> list[dict[str, Any]]:
@@ -243,13 +261,18 @@ def paragraphs(content: str) -> list[str]:
 
 def paragraph_keys(content: str) -> set[str]:
     """What counts as the same paragraph: long ones, white space folded."""
-    return {key for key in (" ".join(block.split()) for block in paragraphs(content)) if len(key) >= REPEAT_CHARACTERS}
+    return {key for key in map(fold, paragraphs(content)) if len(key) >= REPEAT_CHARACTERS}
+
+
+def fold(text: str) -> str:
+    """`text` with its white space folded."""
+    return " ".join(text.split())
 
 
 def _unrepeated(blocks: Iterable[str], seen: set[str]) -> Iterator[str]:
     """`blocks` without the long ones in `seen`, to which they are added: no paragraph may calibrate and score."""
     for block in blocks:
-        key = " ".join(block.split())
+        key = fold(block)
         if len(key) >= REPEAT_CHARACTERS and key in seen:
             continue
         seen.add(key)

@@ -369,6 +369,8 @@ class Checkpoint:
             self.folder, "mismatched_keys", [name for name in stored if stored[name].shape != expected[name].shape]
         )
         model.load_state_dict(stored, strict=False)  # copies, so dtype and ties stay as built
+        if model.can_generate() and (self.folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
         loaded: PreTrainedModel = model.eval()
         return loaded
 
@@ -402,7 +404,10 @@ def save(
     before = after or Checkpoint(tokenizer_files_from)
     folder.mkdir(parents=True, exist_ok=True)
     model.config._name_or_path = ""
-    model.save_pretrained(folder)
+    structure = structure_of(model)
+    if structure:  # read by name again: as the model calls its weights, and none left out
+        model._keys_to_ignore_on_save = None
+    model.save_pretrained(folder, save_original_format=not structure)
     for pattern in TOKENIZER_FILES:
         for path in sorted(tokenizer_files_from.glob(pattern)):
             place = folder / path.relative_to(tokenizer_files_from)
@@ -412,7 +417,6 @@ def save(
         if (before.folder / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(before.folder / name, folder / name)
-    structure = structure_of(model)
     if structure:
         write_json(folder / "structure.json", structure.written())
     entry = {"options": {}, "source": before.folder.name, "time": now(), **lineage_entry}

@@ -99,6 +99,7 @@ def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: 
     """All stages in `work`."""
     found = look(recipe.source, revision=recipe.revision, base=recipe.base, log=work.say)
     original = found.kept(work)
+    loss.check_names(recipe.limits, original.kind)
     for step in steps:
         step.refuse(original.config)
         if not ignore_shortage:

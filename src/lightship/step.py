@@ -19,6 +19,7 @@ from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint, save
 from lightship.errors import LightshipError, UnsupportedError, UsageError
 from lightship.find import find
+from lightship.kind import GENERATORS
 from lightship.machine import memory_available
 from lightship.preflight import gigabytes
 from lightship.recipe import explain
@@ -31,6 +32,7 @@ BOUNDS = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}  # of annotated-ty
 Inputs = Mapping[str, npt.NDArray[np.int64]]  # what a model is called with: input_ids, attention_mask, …
 # Stages of a run that goes on to a bundle after its steps: what their result says, and what the original says.
 COMPRESSED, REFERENCE = "compressed", "reference"
+ROW, TOGETHER = 512, 4  # tokens of a calibration row at most, and how many rows are read together
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class Step(BaseModel, ABC):
         return []
 
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
-        """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again."""
-        return 2 * 4 * sum(map(prod, checkpoint.shapes.values()))
+        """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again; of
+        models that generate the logits of what is read together."""
+        said = 4 * TOGETHER * ROW * checkpoint.vocabulary if checkpoint.kind in GENERATORS else 0
+        return 2 * 4 * sum(map(prod, checkpoint.shapes.values())) + said
 
     def check_memory(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedError` where the step needs more memory than there is."""

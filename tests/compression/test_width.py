@@ -219,7 +219,8 @@ def test_layers_share_a_budget():
     assert allocate(scores, 0.75, 1) == [4, 4, 1]  # its last stays
     assert allocate(scores, 0.70, 1) == [3, 4, 1]
     assert allocate(scores, 0.75, 2) == [2, 4, 2]  # in pairs
-    assert allocate(scores, 0.01, 2) == [2, 2, 2]
+    with pytest.raises(UsageError, match="less than the smallest"):
+        allocate(scores, 0.01, 2)
 
 
 def test_it_goes_on_after_low_rank_and_another_cut(models, tmp_path):

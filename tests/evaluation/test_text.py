@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lightship.calibration import Document, Text
+import json
+from pathlib import Path
+
+import pytest
+
+from lightship.calibration import Document, Text, read_text, render_with
+from lightship.errors import UsageError
 from lightship.evaluation.text import scoring_set
 
 TEXT = Text("t", tuple(Document(((f"document {i} " * 9, True),)) for i in range(50)))
@@ -35,3 +41,31 @@ def test_a_conversation_that_grows_by_a_turn_is_on_one_side_only() -> None:
     assert len(answers[0]) > 3 and not answers[0] & answers[1]
     short = Text("t", tuple(Document((("why? " + str(i), False), ("Yes.", True))) for i in range(40))).split()
     assert all(side.documents for side in short)  # a stock phrase moves nothing
+
+
+def test_a_template_that_writes_the_date_moves_no_conversation(tmp_path: Path) -> None:
+    path, sides = tmp_path / "chat.jsonl", []
+    words = "A long answer about {}, given once and to nobody else."
+    chats = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": words.format(n)}] for n in range(40)]
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    for day in ("Monday", "Tuesday"):
+
+        def template(messages, prompt, day=day):
+            said = "".join(f"<{each['role']}>{each['content']}</>" for each in messages)
+            return f"Today is {day}. {said}{'<assistant>' * prompt}"
+
+        calibration, scoring = read_text(path, render_with(template)).split()
+        assert day in scoring.documents[0].text
+        sides.append([{document.messages for document in side.documents} for side in (calibration, scoring)])
+    assert sides[0] == sides[1] and sides[0][0]
+
+
+def test_what_calibrates_holds_nothing_that_is_scored() -> None:
+    """Wherever lines are broken, and whatever stands around it."""
+    answer = "A long answer, given once and to nobody else in all of this text."
+    chat = Document((("<user>", False), (f"{answer}<end>", True)), (("user", "Why?"), ("assistant", answer)))
+    for text in (f"Before. {answer} And after.", answer.replace(" ", "\n\n"), f"x{answer}"):
+        with pytest.raises(UsageError, match="shares 1 paragraphs"):
+            Text("t", (Document(((text, True),)),)).check_apart(chat.answers())
+    Text("t", (Document(((answer.replace("nobody", "somebody"), True),)),)).check_apart(chat.answers())
+    Text("t", (Document((("Yes.", True),)),)).check_apart(["Yes."])  # a stock phrase gives nothing away

@@ -85,7 +85,11 @@ def _recipe(source: str, order: Sequence[str], by_hand: Collection[str], **given
     from lightship.recipe import Recipe, explain, read_recipe
 
     steps = _steps(order, given.pop("step"), given.pop("set"))
-    file, limits = given.pop("recipe"), dict(_pair(each, "--limit kld=0.1") for each in given.pop("limit"))
+    file, limits = given.pop("recipe"), dict[str, str]()
+    for name, value in (_pair(each, "--limit kld=0.1") for each in given.pop("limit")):
+        if name in limits:
+            raise UsageError(f"the limit {name} is given twice")
+        limits[name] = value
     try:
         if file is None:
             return Recipe(source=source, steps=steps, limits=limits, **given)

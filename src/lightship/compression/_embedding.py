@@ -79,7 +79,7 @@ def factorise_tables(
         tall, wide, lost = factors(table, rank, counts, columns)
         losses.append(lost)
         made |= {name: (rank, tall.float(), wide.float()) for name in names}
-    scales = {name: float(getattr(module, "scalar_embed_scale", 1.0)) for name, module in found.items()}
+    scales = {name: _scale(module) for name, module in found.items()}
     biases = {name: getattr(module, "bias", None) for name, module in found.items()}
     build_tables(model, {name: rank for name, (rank, _, _) in made.items()})
     for name, (_, tall, wide) in made.items():
@@ -87,8 +87,13 @@ def factorise_tables(
     return losses
 
 
+def _scale(module: Any) -> float:
+    """What a table multiplies its rows by: that of Gemma (`scalar_embed_scale`), of mBART, M2M100 and others."""
+    return float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
+
+
 def _fill(module: Any, tall: torch.Tensor, wide: torch.Tensor, scale: float, bias: Any) -> None:
-    """Both factors into `module`; what an embedding multiplies its rows by (Gemma) goes to the narrow factor."""
+    """Both factors into `module`; what an embedding multiplies its rows by goes to the narrow factor."""
     from lightship.low_rank import LowRankEmbedding
 
     if isinstance(module, LowRankEmbedding):

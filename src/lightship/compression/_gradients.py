@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
-from lightship.step import Inputs
+from lightship.kind import GENERATORS
+from lightship.step import ROW, TOGETHER, Inputs
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TOKENS = 512  # of a calibration row
 ANSWERS = ("logits", "start_logits", "end_logits")  # distributions over the last axis
 
 
@@ -36,6 +36,7 @@ def fisher(
     read: dict[str, int] = {}
     answered = 0
     real = torch.empty(0)
+    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
 
     def see(name: str, gradient: torch.Tensor) -> None:
         seen = gradient.reshape(-1, gradient.shape[-1])
@@ -49,22 +50,30 @@ def fisher(
             inputs = {name: torch.from_numpy(values) for name, values in batch.items()}
             real = inputs["attention_mask"] == 1
             with torch.enable_grad():
-                answers = dict(_answers(model(**inputs), real, draw))
+                answers = dict(_answers(model(**inputs), real, draw, several))
             torch.autograd.backward(list(answers), list(answers.values()))
             first = next(iter(answers))
-            answered += int(real.sum()) if first.shape[:2] == real.shape and first.ndim == 3 else first[..., 0].numel()
+            if several:
+                answered += first.numel()
+            else:
+                rows = first.shape[:2] == real.shape and first.ndim == 3
+                answered += int(real.sum()) if rows else first[..., 0].numel()
     return {name: total / (answered * read[name]) for name, total in sums.items()}
 
 
 def gradient_bytes(checkpoint: Checkpoint) -> int:
-    """What a gradient over a calibration row keeps in memory: inputs and outputs of every matrix, and the answers."""
+    """What a gradient over the rows that are read together keeps in memory: inputs and outputs of every matrix, and the
+    answers."""
     shapes = [shape for shape in checkpoint.shapes.values() if len(shape) == 2]
     sides = sum(side for shape in shapes if checkpoint.vocabulary not in shape for side in shape)
-    return 4 * TOKENS * (2 * sides + 4 * checkpoint.vocabulary)
+    return 4 * TOGETHER * ROW * (2 * sides + (4 * checkpoint.vocabulary if checkpoint.kind in GENERATORS else 0))
 
 
-def _answers(out: Any, real: torch.Tensor, draw: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the model answers, and the gradient of −log p(what is drawn) with respect to it, 0 at padding."""
+def _answers(
+    out: Any, real: torch.Tensor, draw: torch.Generator, several: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the model answers, and the gradient of −log p(what is drawn) with respect to it, 0 at padding. Of `several`
+    labels each is an answer of its own."""
     import torch
 
     drawn_from = [name for name in ANSWERS if name in out]
@@ -73,7 +82,10 @@ def _answers(out: Any, real: torch.Tensor, draw: torch.Generator) -> Iterator[tu
         if not answer.isfinite().all():
             raise LightshipError("the model's answers to the calibration text are not finite",
                                  hint="its weights are damaged, or overflow in float32")  # fmt: skip
-        if drawn_from and answer.shape[-1] > 1:
+        if drawn_from and several:
+            p = answer.detach().sigmoid()
+            gradient = p - torch.bernoulli(p, generator=draw)
+        elif drawn_from and answer.shape[-1] > 1:
             p = answer.detach().softmax(-1)
             drawn = torch.multinomial(p.flatten(0, -2), 1, generator=draw).reshape(*p.shape[:-1], 1)
             gradient = p.scatter_add(-1, drawn, torch.full_like(p[..., :1], -1.0))

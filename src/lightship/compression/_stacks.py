@@ -89,7 +89,7 @@ class Layers:
         for layers in stacks(self.model).values():
             for index, layer in enumerate(layers):
                 for module in layer.modules():
-                    if hasattr(module, "layer_idx"):
+                    if getattr(module, "layer_idx", None) is not None:  # an encoder's attention has no cache
                         module.layer_idx = index
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightship.errors import UnsupportedError
+from lightship.errors import UnsupportedError, UsageError
 from lightship.layers import stacks, weight_of
 from lightship.low_rank import LowRank
 from lightship.structure import llama_layers
@@ -218,7 +218,8 @@ def allocate(scores: Sequence[torch.Tensor], share: float, multiple: int) -> lis
     while sum(kept) > limit:
         able = [index for index in range(len(kept)) if lower(index) > 0]
         if not able:
-            break
+            raise UsageError(f"width: a share of {share:g} is less than the smallest layers in steps of {multiple}",
+                             hint="raise the share, or lower the option multiple")  # fmt: skip
         best = min(able, key=price)
         kept[best] = lower(best)
     return kept

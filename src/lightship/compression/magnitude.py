@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lightship.checkpoint import Checkpoint
 from lightship.compression._patterns import PATTERN, Pattern, check_pattern, zero_groups
 from lightship.layers import linears, weight_of
 from lightship.step import Context, WeightStep
@@ -26,6 +28,11 @@ class Magnitude(WeightStep):
     def _agree(self) -> Magnitude:
         check_pattern(self.pattern, self.sparsity)
         return self
+
+    def predicted_bytes(self, checkpoint: Checkpoint) -> int:
+        """Of the whole model's weights another copy of their sizes, and what selecting among them takes."""
+        weights = sum(map(prod, checkpoint.shapes.values()))
+        return super().predicted_bytes(checkpoint) + (3 * 4 * weights if self.scope == "model" else 0)
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
         weights = {name: weight_of(layer) for name, layer in linears(model).items()}

@@ -15,7 +15,7 @@ from lightship.compression._activations import second_moments
 from lightship.compression._allocation import Curve, Ranks, allocate, uniform
 from lightship.compression._embedding import factorise_tables
 from lightship.compression._gradients import fisher, gradient_bytes
-from lightship.errors import LightshipError, UnsupportedError
+from lightship.errors import LightshipError, UnsupportedError, UsageError
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
 from lightship.step import Context, Need, WeightStep
@@ -159,7 +159,11 @@ class Svd(WeightStep):
     def ranks(self, curves: Mapping[str, Curve]) -> Ranks:
         """The rank of every layer, None where it stays whole; their parameters are at most `keep` of all."""
         if self.allocation == "uniform":
-            return uniform(curves, self.keep)
+            ranks = uniform(curves, self.keep)
+            if not any(ranks.values()):
+                raise UsageError(f"keep={self.keep:g} leaves no layer a rank in steps of {self.multiple}",
+                                 hint="raise keep, or lower multiple")  # fmt: skip
+            return ranks
         return allocate(curves, int(self.keep * sum(curve.whole for curve in curves.values())))
 
     def spectra(self, layers: Mapping[str, nn.Module], read: Moments, asked: Moments) -> dict[str, Spectrum]:

@@ -39,8 +39,8 @@ class Vocabulary(Step):
     trial: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: int | float | None = Field(
-        None, gt=0, description="share (up to 1) or number of tokens to keep, the most frequent in the corpus first, "
-        "then by id; by default all that occur in it",
+        None, gt=0, allow_inf_nan=False, description="share (up to 1) or number of tokens to keep, the most frequent "
+        "in the corpus first, then by id; by default all that occur in it",
     )  # fmt: skip
     corpus: str | None = Field(
         None, description="path of a text, or of chat JSONL, of the kind to be read and written; by default the text "
@@ -133,7 +133,7 @@ class Vocabulary(Step):
             before = len(kept)
             for token in order:
                 parts = pieces.parts(token) if token not in kept else frozenset()
-                if len(kept | parts) <= wanted:
+                if len(kept) + len(parts - kept) <= wanted:
                     kept |= parts
         return sorted(kept), least
 

@@ -11,29 +11,35 @@ from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.evaluation import encoders
+from lightship.evaluation.pairs import read_pairs
 from lightship.evaluation.text import CHUNK, calibration_text, open_text, tokeniser
 from lightship.find import find
 from lightship.recipe import Recipe
 from lightship.seq2seq import Seq2Seq
-from lightship.step import Context, Inputs
+from lightship.step import TOGETHER, Context, Inputs
 from lightship.template import load_template
 
-ROWS, TOGETHER = 32, 4  # rows of the calibration set, and how many are read together
+ROWS = 32  # of the calibration set
 SOURCE, WRITTEN = 128, 32  # tokens of a source that an encoder-decoder calibrates on, and of what it writes for it
 
 
 def text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
     """The text to calibrate on, see `calibration_text`."""
     template = load_template(checkpoint.folder)
-    return calibration_text(recipe, scoring_text(recipe, checkpoint), template)
+    found = calibration_text(recipe, scoring_text(recipe, checkpoint), template)
+    if recipe.calibrate is not None and _scores_pairs(recipe, checkpoint):
+        found.check_apart(words for *pair, _ in read_pairs(Path(str(recipe.text))) for words in pair)
+    return found
 
 
 def scoring_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
     """The text of `recipe`, of which a part is scored."""
-    path = recipe.text
-    if path is not None and checkpoint.kind == "seq2seq" and Path(path).suffix == ".jsonl":
-        path = None  # pairs: their targets are scored whole, and calibrate nothing
-    return open_text(path, load_template(checkpoint.folder))
+    pairs = _scores_pairs(recipe, checkpoint)  # their targets are scored whole, and calibrate nothing
+    return open_text(None if pairs else recipe.text, load_template(checkpoint.folder))
+
+
+def _scores_pairs(recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    return recipe.text is not None and checkpoint.kind == "seq2seq" and Path(recipe.text).suffix == ".jsonl"
 
 
 def context(recipe: Recipe, checkpoint: Checkpoint, text: Text, say: Callable[[str], None]) -> Context:

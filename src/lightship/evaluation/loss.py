@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,28 @@ import numpy.typing as npt
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
-from lightship.errors import LimitExceeded
+from lightship.errors import LimitExceeded, UsageError
 from lightship.evaluation import divergence, encoders, pairs, perplexity
 from lightship.evaluation.encoders import Rows
 from lightship.evaluation.pairs import PairTexts
 from lightship.evaluation.text import Texts, cut, open_text
 from lightship.evaluation.vocabulary_view import Restricted, RestrictedEngine, RestrictedPair
 from lightship.find import find
-from lightship.kind import GENERATORS
+from lightship.kind import GENERATORS, Kind
 from lightship.recipe import Recipe
 from lightship.report import Metric
 from lightship.seq2seq import Seq2Seq
 
 BYTES = "bytes.json"
+# What is measured of each kind, of that what a limit may be on.
+LIMITS: dict[Kind, tuple[str, ...]] = {
+    **dict.fromkeys(GENERATORS, ("kld", "top1", "flips", "perplexity_ratio")),
+    **dict.fromkeys(("classifier", "qa"), ("kld", "top1")), "embedder": ("cosine_loss",),
+}  # fmt: skip
+NOUNS: dict[Kind, str] = {
+    "decoder": "a decoder", "seq2seq": "an encoder-decoder", "classifier": "a classifier", "qa": "an answerer",
+    "embedder": "an embedder",
+}  # fmt: skip
 
 
 def record(recipe: Recipe, original: Checkpoint, through: Checkpoint, folder: Path) -> None:
@@ -91,12 +101,19 @@ def check(metrics: list[Metric], limits: dict[str, float], what: str, hint: str)
     """Raise `LimitExceeded` naming `what`, the figure, its limit and by how much it is missed."""
     figures = {metric.name: metric for metric in metrics}
     for name, limit in limits.items():
-        if name in figures:
-            value, lower = figures[name].value, figures[name].direction == "lower"
-            over = value - limit if lower else limit - value
-            if not over <= 0:
-                side = "exceeds" if lower else "is below"
-                raise LimitExceeded(f"{what}: {name} {value:.4g} {side} the limit {limit:g} by {over:.3g}", hint=hint)
+        value, lower = figures[name].value, figures[name].direction == "lower"
+        over = value - limit if lower else limit - value
+        if not over <= 0:
+            side = "exceeds" if lower else "is below"
+            raise LimitExceeded(f"{what}: {name} {value:.4g} {side} the limit {limit:g} by {over:.3g}", hint=hint)
+
+
+def check_names(limits: Iterable[str], kind: Kind) -> None:
+    """Raise `UsageError` for a limit on what is not measured of a model of `kind`."""
+    for name in limits:
+        if name not in LIMITS[kind]:
+            raise UsageError(f"the limit {name}: it is not measured of {NOUNS[kind]}",
+                             hint=f"limits are possible on {', '.join(LIMITS[kind])}")  # fmt: skip
 
 
 def _texts(recipe: Recipe, checkpoint: Checkpoint) -> Texts | PairTexts:

@@ -123,7 +123,7 @@ def cut(recipe: Recipe, checkpoint: Checkpoint) -> PairTexts:
     room, count = len(about.frame([])), PASSAGES[recipe.evaluate]
     gate = scoring_set(default_text(), encode, min(LONG_SOURCE, about.context), 1).sequences[0]
     if recipe.text is not None and recipe.text.endswith(".jsonl"):
-        given = list(_read_pairs(Path(recipe.text), about))[:count]
+        given = [_tokens(*pair, about) for pair in read_pairs(Path(recipe.text))][:count]
         sources, targets = tuple(source for source, _ in given), tuple(target for _, target in given)
         name, digest = Path(recipe.text).name, sha256(Path(recipe.text))
         return PairTexts(about, gate, sources, targets, _describe(name, False, digest, sources))
@@ -142,8 +142,8 @@ def _no_chat(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     raise UsageError("an encoder-decoder has no chat", hint='give plain text, or {"source": …, "target": …} a line')
 
 
-def _read_pairs(path: Path, about: Seq2Seq) -> Iterator[tuple[Row, Row]]:
-    """The pairs of a JSONL file as token ids, the target ended. Raises `UsageError` naming the line at fault."""
+def read_pairs(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(source, target, where) of the pairs of a JSONL file. Raises `UsageError` naming the line at fault."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -154,10 +154,10 @@ def _read_pairs(path: Path, about: Seq2Seq) -> Iterator[tuple[Row, Row]]:
         raise UsageError(f"{path} is empty", hint='expected {"source": …, "target": …} a line')
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _pair(line, f"{path}, line {number}", about)
+            yield *_pair(line, where := f"{path}, line {number}"), where
 
 
-def _pair(line: str, where: str, about: Seq2Seq) -> tuple[Row, Row]:
+def _pair(line: str, where: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
         source, target = entry["source"], entry["target"]
@@ -165,6 +165,11 @@ def _pair(line: str, where: str, about: Seq2Seq) -> tuple[Row, Row]:
             raise ValueError("source and target must be text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f'{where}: expected {{"source": text, "target": text}}, {error!r}') from error
+    return source, target
+
+
+def _tokens(source: str, target: str, where: str, about: Seq2Seq) -> tuple[Row, Row]:
+    """Token ids of a pair, the target ended."""
     ids = about.tokenizer.encode(source).ids
     written = [*about.tokenizer.encode(target, add_special_tokens=False).ids, *about.eos[:1]]
     longest = max(len(ids), len(about.start) + len(written))

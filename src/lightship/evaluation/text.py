@@ -123,14 +123,8 @@ def calibration_text(recipe: Recipe, text: Text, template: ChatTemplate | None) 
     if recipe.calibrate is None:
         return text.split()[0]
     given = open_text(recipe.calibrate, template)
-    scored = {key for document in text.split()[1].documents for key in paragraph_keys(document.text)}
-    shared = [key for document in given.documents for key in paragraph_keys(document.text) if key in scored]
-    if shared:
-        raise UsageError(
-            f"{recipe.calibrate} shares {len(shared)} paragraphs with the text that is scored, such as "
-            f"{shared[0][:60]!r}; what calibrates must not score",
-            hint="leave them out of one of both, or leave --calibrate out: a part of the text then calibrates",
-        )
+    scored = text.split()[1].documents
+    given.check_apart(key for document in scored for key in paragraph_keys(document.text) | document.answers())
     return given
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from lightship.errors import UnsupportedError, UsageError
 from lightship.layers import weight_of
+from lightship.low_rank import LowRank
 from lightship.targets._integers import Floats, Integers, compensated
 from lightship.targets._sensitivity import body, key_of
 
@@ -43,7 +44,9 @@ def fit(
                                hint="choose a --group-size that does, such as 64 or 32")  # fmt: skip
     ids = torch.tensor([list(row) for row in rows])
     with torch.inference_mode(), _fitted_as_reached(modules, len(ids), group) as state:
-        model.base_model(input_ids=torch.cat([ids, ids]), use_cache=False)
+        said = model.base_model(input_ids=torch.cat([ids, ids]), use_cache=False)
+        if isinstance(head := model.get_output_embeddings(), LowRank):
+            head.reduce(said[0])
     if len(state.reached) < len(modules):
         missing = next(name for name in modules if name not in state.reached)
         raise UnsupportedError(f"{missing} is not used on the calibration text, so it cannot be fitted")

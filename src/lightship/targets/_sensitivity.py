@@ -38,6 +38,7 @@ def body(model: Any) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
+    head = getattr(head, "expand", head)  # of one of low rank the part that makes the logits
     found = model.named_modules()
     return {name: module for name, module in found if isinstance(module, nn.Linear | Conv1D) and module is not head}
 
