@@ -25,7 +25,7 @@ def recipe(checkpoint, precision="fp32", **given):
 
 @pytest.mark.parametrize(("architecture", "changes"), [
     ("BertModel", {}),
-    ("RobertaForSequenceClassification", {"num_labels": 3}),
+    pytest.param("RobertaForSequenceClassification", {"num_labels": 3}, marks=pytest.mark.slow),
     pytest.param("BertForQuestionAnswering", {}, marks=pytest.mark.slow),
     pytest.param("DistilBertForSequenceClassification",
                  {"num_labels": 4, "problem_type": "multi_label_classification"}, marks=pytest.mark.slow),

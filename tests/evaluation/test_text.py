@@ -46,7 +46,8 @@ def test_a_conversation_that_grows_by_a_turn_is_on_one_side_only() -> None:
 def test_a_template_that_writes_the_date_moves_no_conversation(tmp_path: Path) -> None:
     path, sides = tmp_path / "chat.jsonl", []
     words = "A long answer about {}, given once and to nobody else."
-    chats = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": words.format(n)}] for n in range(40)]
+    asked = {"role": "user", "content": "What?"}
+    chats = [[asked, {"role": "assistant", "content": words.format(n)}] for n in range(40)]
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     for day in ("Monday", "Tuesday"):
 
