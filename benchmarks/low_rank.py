@@ -105,7 +105,7 @@ def cut_evenly(original: Checkpoint, share: float, folder: Path) -> Checkpoint:
     model = original.load()
     for name, layer in linears(model).items():
         outputs, inputs = weight_of(layer).shape
-        made = LowRank.of(layer, int(share * outputs * inputs / (outputs + inputs)))
+        made = LowRank.of(layer, int(share * outputs * inputs / (outputs + inputs)) // 8 * 8)  # as the step has them
         for part in made:
             part.weight.data.normal_(std=part.in_features**-0.5)
         replace_module(model, name, made)
