@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
+from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
 from lightship.compress_pipeline import compress
 from lightship.compression.magnitude import Magnitude
-from lightship.encoder import read_pooling
+from lightship.encoder import Encoder, read_pooling
 from lightship.errors import LightshipError, LimitExceeded, SourceError, UnknownName, UnsupportedError, UsageError
+from lightship.evaluation.encoders import SCORED, score_rows
 from lightship.recipe import Recipe
 from tests.tiny import tiny_encoder, tiny_llama, tiny_seq2seq
 
@@ -64,6 +66,32 @@ def test_another_corpus_at_the_same_path_is_another_step(small, tmp_path):
     first = made(small.folder, tmp_path, *steps).checkpoint.kept_tokens
     corpus.write_text("an expression of another kind, with other words in it")
     assert len(made(small.folder, tmp_path, *steps).checkpoint.kept_tokens) != len(first)
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
+def test_an_encoder_with_fewer_tokens_is_compared_on_the_same_texts(tmp_path, architecture):
+    """Each model with its own tokenizer, in plain transformers, one text at a time."""
+    encoder = tiny_encoder(tmp_path / "bert", architecture)
+    found = made(encoder.folder, tmp_path, {"vocabulary": {"keep": 0.5}})
+    said = []
+    for checkpoint in (encoder, found.checkpoint):
+        about, model = Encoder.load(checkpoint.folder), checkpoint.load("float32")
+        texts = score_rows(Encoder.load(found.checkpoint.folder), default_text(), SCORED["quick"]).texts
+        rows = []
+        for text in texts:
+            ids = torch.tensor([about.tokenizer.encode(text.lower() if about.lower else text).ids])
+            with torch.inference_mode():
+                output = model(input_ids=ids)
+            rows.append(output.logits[0] if "logits" in output else output.last_hidden_state[0].mean(0))
+        said.append(torch.stack(rows).double())
+    if architecture == "BertModel":
+        expected = 1 - torch.nn.functional.cosine_similarity(*said).mean()
+    else:
+        p, q = (each.log_softmax(-1) for each in said)
+        expected = (p.exp() * (p - q)).sum(-1).mean()
+    name = "cosine_loss" if architecture == "BertModel" else "kld"
+    figure = next(each.value for each in found.made[0].metrics if each.name == name)
+    assert figure == pytest.approx(float(expected), rel=1e-3) and figure > 1e-3
 
 
 def test_a_limit_stops_the_step_that_breaks_it_and_keeps_what_was_made(small, tmp_path):

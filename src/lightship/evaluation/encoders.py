@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ PADDED = 50  # tokens of a row once padded, on average: most paragraphs are shor
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs as tokens, in batches of `BATCH` in their order, and the digest of the text they come from."""
+    """Inputs as tokens, in batches of `BATCH` in their order, and the digest of the text they come from. `texts`: what
+    each says in words, for another tokenizer; none where a row is no text."""
 
     rows: tuple[Row, ...]
     digest: str
+    texts: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> list[list[list[int]]]:
@@ -59,7 +61,7 @@ def gate_rows(encoder: Encoder, text: Text) -> Rows:
     """Rows for the gates: the shortest there are, many lengths, and one at the full context (`LONGEST` at most)."""
     found = score_rows(encoder, text, GATE_ROWS)
     body = "\n\n".join(document.text for document in text.split()[1].documents)
-    full = _row(encoder, _copy(encoder), body, min(encoder.context, LONGEST))
+    full, _ = _row(encoder, _copy(encoder), body, min(encoder.context, LONGEST))
     empty = row_of(encoder.tokenizer.encode("", "" if encoder.kind == "qa" else None))
     single = Row(full.ids[:1], full.types[:1])
     return Rows((*found.rows, full, single, *([empty] if len(empty) else [])), found.digest)
@@ -67,20 +69,29 @@ def gate_rows(encoder: Encoder, text: Text) -> Rows:
 
 def score_rows(encoder: Encoder, text: Text, count: int) -> Rows:
     """Up to `count` rows from the documents that never calibrate, see `rows_from`."""
-    return Rows(rows_from(encoder, text.split()[1], count).rows, text.digest)
+    return replace(rows_from(encoder, text.split()[1], count), digest=text.digest)
 
 
 def rows_from(encoder: Encoder, text: Text, count: int) -> Rows:
     """Up to `count` rows, a paragraph of `text` each, of the lengths in `LENGTHS`. Raises `UsageError` for none."""
-    rows: list[Row] = []
+    rows, texts = list[Row](), list[str]()
     tokenizer = _copy(encoder)
     for paragraph in (each for document in text.documents for each in paragraphs(document.text)):
         if len(rows) == count:
             break
-        rows.append(_row(encoder, tokenizer, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context)))
+        row, words = _row(encoder, tokenizer, paragraph, min(LENGTHS[len(rows) % len(LENGTHS)], encoder.context))
+        rows.append(row)
+        texts.append(words)
     if not rows:
         raise UsageError(f"{text.name} is too short: no paragraph of it is left for this", hint="use a longer text")
-    return Rows(tuple(rows), text.digest)
+    return Rows(tuple(rows), text.digest, tuple(texts))
+
+
+def reread(encoder: Encoder, rows: Rows) -> Rows:
+    """The texts of `rows` in the tokens of another `encoder`."""
+    tokenizer = _copy(encoder)
+    found = tuple(_row(encoder, tokenizer, text, encoder.context)[0] for text in rows.texts)
+    return replace(rows, rows=found)
 
 
 def amount(context: int, scored: int, repeats: int) -> EncoderAmount:
@@ -105,16 +116,17 @@ def _copy(encoder: Encoder) -> Tokenizer:
     return Tokenizer.from_str(encoder.tokenizer.to_str())
 
 
-def _row(encoder: Encoder, tokenizer: Tokenizer, text: str, length: int) -> Row:
-    """`text` as a row of at most `length` tokens, special ones included; for extractive QA as question and context. Of
-    `tokenizer`, a copy of the encoder's, the truncation is changed."""
+def _row(encoder: Encoder, tokenizer: Tokenizer, text: str, length: int) -> tuple[Row, str]:
+    """`text` as a row of at most `length` tokens, special ones included, and the part of it that they say; for
+    extractive QA as question and context. Of `tokenizer`, a copy of the encoder's, the truncation is changed."""
     pair = encoder.kind == "qa"
     longest = max(length, tokenizer.num_special_tokens_to_add(pair) + 2 * (1 + pair))
     tokenizer.enable_truncation(min(longest, encoder.context))
     text = text.lower() if encoder.lower else text
     if pair:
-        return row_of(tokenizer.encode(" ".join(text.split()[:QUESTION]), text))
-    return row_of(tokenizer.encode(text))
+        return row_of(tokenizer.encode(" ".join(text.split()[:QUESTION]), text)), text
+    found = tokenizer.encode(text)
+    return row_of(found), text[: max((end for _, end in found.offsets), default=0)]
 
 
 # ── Original and candidate ──────────────────────────────────────────────────

@@ -54,10 +54,17 @@ def record(recipe: Recipe, original: Checkpoint, through: Checkpoint, folder: Pa
 
 
 def record_rows(original: Checkpoint, through: Checkpoint, rows: Rows, folder: Path) -> None:
-    """As `record`, of an encoder on `rows` of tokens of `through`."""
+    """As `record`, of an encoder on `rows` of tokens of `through`. Labels and embeddings know no vocabulary, so that of
+    rows that are texts the original reads these in its own tokens; answers are spans of tokens, read in those of
+    `through`, as the rows of gates are, which compare what was exported with what it was exported from."""
     engine, kept = _engine(original), _kept(original, through)
-    encoder = Encoder.load(through.folder)
-    encoders.record(encoder, engine if kept is None else RestrictedEngine(engine, kept), rows, folder)
+    if kept is None:
+        encoders.record(Encoder.load(through.folder), engine, rows, folder)
+    elif original.kind == "qa" or not rows.texts:
+        encoders.record(Encoder.load(through.folder), RestrictedEngine(engine, kept), rows, folder)
+    else:
+        own = Encoder.load(original.folder)
+        encoders.record(own, engine, encoders.reread(own, rows), folder)
     engine.close()
     gc.collect()
 
