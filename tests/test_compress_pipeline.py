@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lightship.calibration import default_text
-from lightship.checkpoint import Checkpoint
+from lightship.checkpoint import Checkpoint, save
 from lightship.compress_pipeline import compress
 from lightship.compression.magnitude import Magnitude
 from lightship.encoder import Encoder, read_pooling
 from lightship.errors import LightshipError, LimitExceeded, SourceError, UnknownName, UnsupportedError, UsageError
+from lightship.evaluation import calibrating
 from lightship.evaluation.encoders import SCORED, score_rows
 from lightship.recipe import Recipe
 from tests.tiny import tiny_encoder, tiny_llama, tiny_seq2seq
@@ -158,6 +159,27 @@ def test_pairs_that_are_scored_must_not_calibrate(tmp_path):
     other.write_text("\n\n".join(sentences))
     with pytest.raises(UsageError, match="shares 40 paragraphs"):
         made(model.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+
+
+def test_what_an_encoder_decoder_calibrates_on_ends_where_it_ends(tmp_path):
+    model = tiny_seq2seq(tmp_path / "bart", "bart", forced_bos_token_id=None)
+    loaded = model.load("float32")
+    loaded.final_logits_bias[0, 0] = 50.0  # the token that ends a text
+    recipe = Recipe(source=str(tmp_path / "ended"))
+    ended = save(loaded, model.folder, tmp_path / "ended", {"step": "ended"})
+    batches = calibrating.batches(ended, calibrating.text(recipe, ended))
+    assert batches and {batch["decoder_input_ids"].shape[1] for batch in batches} == {2}, "the start, and the end"
+
+
+def test_an_encoder_that_overflows_is_an_error(tmp_path, monkeypatch):
+    def spoil(self, model, context):
+        model.classifier.weight.data.fill_(3e38)
+        return {}
+
+    monkeypatch.setattr(Magnitude, "change", spoil)
+    encoder = tiny_encoder(tmp_path / "bert", "BertForSequenceClassification")
+    with pytest.raises(LightshipError, match="not finite"):
+        made(encoder.folder, tmp_path, LIGHT)
 
 
 def test_a_limit_on_what_is_not_measured_is_refused(small, tmp_path):

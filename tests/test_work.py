@@ -64,7 +64,7 @@ def test_an_interrupted_stage_is_made_again(work, made):
 
     with pytest.raises(KeyboardInterrupt):
         work.stage("first", {}, interrupt)
-    stage = work.stage("first", {}, maker(made, "first", "whole"))
+    stage = work.stage("first", {"option": 2}, maker(made, "first", "whole"))
     assert (stage.folder / "file").read_text() == "whole"
     assert [path.name for path in work.folder.iterdir()] == [stage.folder.name]  # the half-made one is gone
 

@@ -77,7 +77,8 @@ class Work:
             self.say("done before")
             return Stage(name, final, digest, _read(final / DONE), True)
         partial = self.folder / f".{final.name}.partial"
-        for leftover in (partial, final):
+        stage = final.name.rpartition("-")[0]  # left over with other dependencies too
+        for leftover in (*self.folder.glob(f".{stage}-*.partial"), final):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         result = make(partial) or {}

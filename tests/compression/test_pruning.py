@@ -88,6 +88,18 @@ def test_magnitude_with_a_pattern(model):
         torch.testing.assert_close(found.abs().sum(1), left)
 
 
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_of_weights_alike_only_as_many_go_as_were_asked(model, scope):
+    """As they are once they were stored in four bits."""
+    loaded = model.load("float32")
+    for layer in linears(loaded).values():
+        layer.weight.data = layer.weight.data.sign() * (1 + (layer.weight.data.abs() > 0.2))
+    made = make_step("magnitude", {"sparsity": 0.1, "scope": scope}).change(loaded, context(model))
+    each = [int((weight_of(layer) == 0).sum()) / weight_of(layer).numel() for layer in linears(loaded).values()]
+    assert made["zeros"] / made["of"] == pytest.approx(0.1, abs=1e-3)
+    assert scope == "model" or each == pytest.approx([0.1] * len(each), abs=1e-3)
+
+
 @pytest.mark.parametrize("name", ["magnitude", "wanda"])
 def test_a_pattern_has_its_own_sparsity(name):
     with pytest.raises(UsageError, match=r"zeroes one half, a sparsity of 0\.3 was asked for"):

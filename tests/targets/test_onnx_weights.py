@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from lightship.targets import _onnx_weights
+from lightship.recipe import Precision
+from lightship.targets import _onnx_seq2seq, _onnx_weights, onnx
+from tests.tiny import tiny_seq2seq
 
 
 def slow_pack(matrix, bits, block):
@@ -53,3 +55,14 @@ def test_rounding_is_onnxruntimes_own(bits):
     kernel(theirs[0], np.ascontiguousarray(matrix.T), theirs[1], theirs[2], 32, 48, 128, True)
     np.testing.assert_array_equal(packed, theirs[0])
     np.testing.assert_array_equal(scales, theirs[1])
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_the_graph_of_an_encoder_has_no_head(tmp_path, kind):
+    """All of its matrices are of the body: in four bits, tables apart."""
+    onnx.export(tiny_seq2seq(tmp_path / "model", kind), tmp_path / "graph", "float32")
+    for name in _onnx_seq2seq.GRAPHS:
+        asked = Precision(name="int4", group_size=32, fit=False)
+        stored = _onnx_weights.rounded(tmp_path / "graph" / name, asked).graph.initializers
+        eight = [key for key in stored if key.endswith("q8")]
+        assert all("embed" in key or "shared" in key or "lm_head" in key or "relative" in key for key in eight), eight

@@ -52,7 +52,13 @@ def _zero_smallest(weights: list[torch.Tensor], sparsity: float) -> None:
 
     sizes = torch.cat([weight.abs().flatten() for weight in weights])
     count = int(sparsity * len(sizes))
-    if count:
-        limit = sizes.kthvalue(count).values
-        for weight in weights:
-            weight[weight.abs() <= limit] = 0
+    if not count:
+        return
+    limit = sizes.kthvalue(count).values
+    left = count - int((sizes < limit).sum())  # of those that are as small as the last, the first ones: 4 bits repeat
+    for weight in weights:
+        gone = weight.abs() < limit
+        ties = (weight.abs() == limit).nonzero()[:left]
+        gone[tuple(ties.T)] = True
+        left -= len(ties)
+        weight[gone] = 0

@@ -11,7 +11,7 @@ from lightship.calibration import Text
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.evaluation import encoders
-from lightship.evaluation.pairs import read_pairs
+from lightship.evaluation.pairs import read_pairs, written
 from lightship.evaluation.text import CHUNK, calibration_text, open_text, tokeniser
 from lightship.find import find
 from lightship.recipe import Recipe
@@ -71,7 +71,7 @@ def _decoder_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
 
 
 def _pair_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
-    """Sources, and what the model itself writes for them."""
+    """Sources, and what the model itself writes for them, to its end: one a batch, since they end where they like."""
     about = Seq2Seq.load(checkpoint.folder)
     ids = text.encode(lambda words: about.tokenizer.encode(words, add_special_tokens=False).ids,
                       min(SOURCE, about.context - len(about.frame([]))), ROWS).sequences  # fmt: skip
@@ -79,7 +79,8 @@ def _pair_batches(checkpoint: Checkpoint, text: Text) -> list[Inputs]:
     found: list[Inputs] = []
     for at in range(0, len(ids), TOGETHER):
         sources = [about.frame(list(row)) for row in ids[at : at + TOGETHER]]
-        given, mask = about.padded(sources)
-        written = [[*about.start, *row] for row in writer.greedy(sources, WRITTEN)]
-        found.append({"input_ids": given, "attention_mask": mask, "decoder_input_ids": np.array(written, np.int64)})
+        for source, row in zip(sources, writer.greedy(sources, WRITTEN), strict=True):
+            given, mask = about.padded([source])
+            answer = np.array([[*about.start, *written(list(row), about)]], np.int64)
+            found.append({"input_ids": given, "attention_mask": mask, "decoder_input_ids": answer})
     return found

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
-from lightship.errors import LimitExceeded, UsageError
+from lightship.errors import LightshipError, LimitExceeded, UsageError
 from lightship.evaluation import divergence, encoders, pairs, perplexity
 from lightship.evaluation.encoders import Rows
 from lightship.evaluation.pairs import PairTexts
@@ -92,8 +92,12 @@ def measure(recipe: Recipe, changed: Checkpoint, recorded: Path) -> list[Metric]
     that is not finite."""
     if changed.kind not in GENERATORS:
         engine = _engine(changed)
-        found = encoders.distance(Encoder.load(changed.folder), engine, _rows(recipe, changed), recorded).metrics()
+        distance = encoders.distance(Encoder.load(changed.folder), engine, _rows(recipe, changed), recorded)
         engine.close()
+        if not np.isfinite(distance.values).all():
+            raise LightshipError("what it says of the held-out text is not finite",
+                                 hint="the step made weights that overflow; ask less of it")  # fmt: skip
+        found = distance.metrics()
     else:
         scorer = find("targets", "pytorch").open_scorer(changed.folder)
         reference = divergence.reopen(recorded)

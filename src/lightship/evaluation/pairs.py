@@ -92,7 +92,7 @@ class PairTexts:
 
     def score_batches(self, original: Any) -> tuple[list[Batch], float | None]:
         """A batch for each source, and the UTF-8 bytes of the targets where the user gave them."""
-        texts = self.targets or tuple(_written(row, self.about) for row in original.greedy(self.sources, WRITTEN))
+        texts = self.targets or tuple(written(row, self.about) for row in original.greedy(self.sources, WRITTEN))
         start = list(self.about.start)
         rows = [start + text for text in texts]
         batches = [
@@ -104,7 +104,7 @@ class PairTexts:
         return batches, float(sum(len(self.about.tokenizer.decode(text).encode()) for text in texts))
 
 
-def _written(row: Row, about: Seq2Seq) -> Row:
+def written(row: Row, about: Seq2Seq) -> Row:
     """`row` up to the token that ends it."""
     end = next((index for index, token in enumerate(row) if token in about.eos), len(row) - 1)
     return row[: end + 1]

@@ -46,7 +46,9 @@ def rounded(source: Path, precision: Precision) -> Any:
 
     model = onnx_ir.load(source)
     uses = list(_matrix_uses(model.graph))
-    outer = {use.weight.name for use in uses if use.gathers} | {uses[-1].weight.name}  # embeddings, and the head
+    outer = {use.weight.name for use in uses if use.gathers}  # embeddings
+    if any(output.name == "logits" for output in model.graph.outputs):  # an encoder's graph has no head
+        outer.add(uses[-1].weight.name)
     stored: dict[tuple[str, bool], tuple[Any, Any, int]] = {}
     for use in uses:
         key = (use.weight.name, use.rows_out)
