@@ -36,7 +36,7 @@ def circumstances(name: str) -> str:
     here = machine()
     known = ", ".join(f"{package} {version}" for package, version in sorted(versions().items()))
     return (
-        f"`python -m benchmarks.{name}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {here['cores']} cores "
+        f"`python -m benchmarks.{name}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {here['cores']} core{'s' * (here['cores'] != 1)} "
         f"({', '.join(here['features'])}), Python {platform.python_version()}; {known}."
     )
 
