@@ -35,8 +35,9 @@ def circumstances(name: str) -> str:
     """Command, day, machine and versions, as one paragraph."""
     here = machine()
     known = ", ".join(f"{package} {version}" for package, version in sorted(versions().items()))
+    cores = f"{here['cores']} core{'s' * (here['cores'] != 1)}"
     return (
-        f"`python -m benchmarks.{name}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {here['cores']} core{'s' * (here['cores'] != 1)} "
+        f"`python -m benchmarks.{name}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {cores} "
         f"({', '.join(here['features'])}), Python {platform.python_version()}; {known}."
     )
 
