@@ -237,7 +237,7 @@ def test_tuning_tries_it(bundle, draft, monkeypatch):
         return [lambda best: [best.with_(draft_tokens=3)]]
 
     monkeypatch.setattr(tune_pipeline, "dimensions", some)
-    load = ["--clients", "2", "--in", "40", "--out", "8", "--budget", "0.2"]
+    load = ["--clients", "2", "--in", "40", "--out", "8", "--budget", "2"]
     done = CliRunner().invoke(cli, ["tune", str(bundle.folder), *load, "--draft", str(draft.folder)])
     assert done.exit_code == 0, done.output
     (found,) = tuning.read(tuning.place(bundle.folder))

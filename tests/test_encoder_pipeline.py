@@ -114,7 +114,7 @@ def test_of_two_targets_the_one_above_its_limit_is_left_out(embedder, tmp_path, 
 def test_what_encoders_are_not_shipped_at(embedder, tmp_path):
     for given, match in (
         ({"precision": "int4"}, "int4"), ({"precision": "bf16", "target": "onnx"}, "bf16"),
-        ({"target": "fake"}, "not made to be shipped"), ({"golden": "cases.jsonl"}, "golden cases"),
+        ({"target": "fake"}, "not made to be shipped"), ({"golden": __file__}, "golden cases"),
     ):  # fmt: skip
         with pytest.raises(UnsupportedError, match=match):
             ship(recipe(embedder, **given), tmp_path / "out")

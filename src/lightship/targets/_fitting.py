@@ -11,7 +11,6 @@ import numpy as np
 
 from lightship.errors import UnsupportedError, UsageError
 from lightship.layers import weight_of
-from lightship.low_rank import LowRank
 from lightship.targets._integers import Floats, Integers, compensated
 from lightship.targets._sensitivity import body, key_of
 
@@ -33,6 +32,8 @@ def fit(
     every token passes every matrix.
     """
     import torch
+
+    from lightship.low_rank import LowRank
 
     if sum(map(len, rows)) < LEAST_TOKENS:
         raise UsageError(f"the calibration text has {sum(map(len, rows))} tokens, fitting needs {LEAST_TOKENS}",
