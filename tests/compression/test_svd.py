@@ -281,8 +281,10 @@ def test_weights_that_are_not_finite_name_their_layer(llama):
         make_step("svd", {}).change(model, context(llama))
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnx"])
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(("kind", "target"), [
+    ("llama", "openvino"), ("bert", "onnx"), pytest.param("llama", "onnx", marks=pytest.mark.slow),
+    pytest.param("bert", "openvino", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_it_passes_the_gates_of_a_runtime(llama, tmp_path, kind, target):
     """As it is and in int8, at the limits of any model: two matrix products are nothing new to a runtime."""
     source = llama if kind == "llama" else tiny_encoder(tmp_path / "bert", "BertForSequenceClassification")
