@@ -48,7 +48,7 @@ def test_advice(small):
     assert 0 < tried["quantise bits=8"].loss < tried["quantise bits=4 group=64"].loss
     assert tried["depth drop=1 method=influence"].compute < 1
     assert "must be kept" in tried["vocabulary keep=0.5"].refused, "half of so few tokens is less than the bytes need"
-    assert found.words[-1].startswith("Try first: lightship ")
+    assert found.words[-1] == f"Try first: lightship ship {small.folder} -p int8", "a command that runs as it stands"
 
 
 def test_of_an_encoder_on_the_command_line(tmp_path):

@@ -218,7 +218,7 @@ def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balan
                      "least for what it saves.")  # fmt: skip
     if tables >= DOMINATES:
         found.append(f"Embedding and head are {tables:.0%} of the weights: cut the vocabulary to what your text needs. "
-                     "Its loss above is over the tokens that stay; text in others becomes longer.")  # fmt: skip
+                     "A loss of that is over the tokens that stay; text in others becomes longer.")  # fmt: skip
     found.append("Zeros alone (magnitude, wanda) save neither bytes nor time in the runtimes here.")
     first = smaller[0] if smaller else faster[0] if faster else None
     if first is not None:

@@ -186,9 +186,9 @@ def _manifest_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST
     if path.is_symlink():
         raise TamperedBundle(f"{path} is a symbolic link", hint=REBUILD)
-    if not path.is_file() and (folder / "config.json").is_file():
-        raise IncompleteBundle(f"{folder} is a model, not a bundle", hint=f"`lightship ship {folder}` makes one of it")
     if not path.is_file():
+        if (folder / "config.json").is_file():
+            raise IncompleteBundle(f"{folder} is a model, not a bundle", hint=f"`lightship ship {folder}` makes one")
         raise IncompleteBundle(f"{folder} has no {MANIFEST}: it is not a bundle, or was never finished", hint=REBUILD)
     try:
         with path.open("rb") as file:

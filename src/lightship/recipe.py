@@ -289,10 +289,9 @@ def explain(error: ValidationError, known: Sequence[str] | None = None) -> str:
     place = [str(part) for part in first["loc"]]
     if first["type"] != "extra_forbidden":
         said = f"{'.'.join(place) + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
-        whole = isinstance(
-            first["input"], dict | BaseModel
-        )  # of options that contradict each other: the words name them
-        return said if whole else f"{said}, received {str(first['input'])[:80]!r}"
+        if isinstance(first["input"], dict | BaseModel):  # options that contradict each other: the words name them
+            return said
+        return f"{said}, received {str(first['input'])[:80]!r}"
     known = known or list((Precision if place[0] == "precision" else Recipe).model_fields)
     near = difflib.get_close_matches(place[-1], known, 1)
     advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -52,8 +52,8 @@ def test_products_are_read_by_the_names_that_they_were_written_by(name, tmp_path
     assert before.keys() == after.keys() and any(key.endswith("reduce.weight") for key in before)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     whole = checkpoint.load("float32").state_dict()
-    same = [key for key in whole if key in before and not torch.equal(whole[key], before[key])]
-    assert not same, "what is no product is as it was"
+    changed = [key for key in whole if key in before and not torch.equal(whole[key], before[key])]
+    assert not changed, "what is no product is as it was"
 
 
 def test_settings_of_generation_go_through_every_step(tmp_path):
