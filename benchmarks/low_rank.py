@@ -1,9 +1,9 @@
 """The low-rank step on the demo model: what it loses at equal size, and where it is faster.
 
-`quality`: held-out text, three calibration sets; the arms of a table have about the same number of parameters, and
-`ranks shuffled` is the first arm with its ranks dealt out anew among layers of one shape. `latency`: the whole model,
-exported to OpenVINO with every layer at one share of its parameters, above 1 too; what weights hold does not change the
-work.
+`quality`: held-out text, three calibration sets. All arms of a table have the parameters that equal shares, rounded
+down to ranks of 8, leave; in `ranks shuffled` the first arm's ranks are dealt out anew among layers of one shape.
+`latency`: the whole model, exported to OpenVINO with every layer at one share of its parameters, above 1 too; what
+weights hold does not change the work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.exported import HEADING, SAID, compared
 from benchmarks.losses import CHUNKS, SEEDS, Loss, calibration, measure, record_original, shown
 from benchmarks.page import DOCS, put, section, spread, table
 from lightship.checkpoint import Checkpoint, save
-from lightship.compression._allocation import Curve, Ranks
+from lightship.compression._allocation import Curve, Ranks, allocate, uniform
 from lightship.compression.svd import Moments, Svd
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
@@ -37,13 +37,19 @@ MEASURED: dict[int, tuple[Moments, Moments]] = {}  # by seed: the arms of one se
 
 
 class Arm(Svd):
-    """The step, reading the calibration text of a seed once for all arms."""
+    """The step with no more parameters than equal shares leave, reading the text of a seed once for all arms."""
 
     def moments(self, model: Any, layers: Mapping[str, Any], context: Context) -> tuple[Moments, Moments]:
         if context.seed not in MEASURED:
             MEASURED.clear()
             MEASURED[context.seed] = super().moments(model, layers, context)
         return MEASURED[context.seed]
+
+    def ranks(self, curves: Mapping[str, Curve]) -> Ranks:
+        even = uniform(curves, self.keep)
+        if self.allocation == "uniform":
+            return even
+        return allocate(curves, sum(curves[name].cost(rank) for name, rank in even.items()))
 
 
 class Shuffled(Arm):
@@ -95,7 +101,7 @@ def quality(work: Path, seeds: int, chunks: int, keeps: tuple[float, ...], rows:
     parts.append(
         f"Held-out text: {chunks} passages of 512 tokens, the second half of each scored. Calibration: "
         f"{context.tokens:,} tokens, {times}; ± is the standard error over passages. float32 arithmetic. "
-        "Equal shares are rounded down to ranks of 8, so those arms have fewer bytes; the shuffled one has the same."
+        "Equal shares are rounded down to ranks of 8; the other arms have at most as many parameters."
     )
     return "\n\n".join(parts)
 
