@@ -69,6 +69,16 @@ def test_another_corpus_at_the_same_path_is_another_step(small, tmp_path):
     assert len(made(small.folder, tmp_path, *steps).checkpoint.kept_tokens) != len(first)
 
 
+def test_bits_per_byte_are_compared_with_those_of_the_whole_vocabulary(small, tmp_path):
+    """What the original says in its own tokens, not among those that were kept."""
+    bits = []
+    for step in (LIGHT, {"vocabulary": {"keep": 300}}):
+        metrics = made(small.folder, tmp_path, step).made[0].metrics
+        bits.append(next(each for each in metrics if each.name == "bits_per_byte"))
+    whole, fewer = bits
+    assert fewer.baseline == pytest.approx(whole.baseline, rel=1e-6) != pytest.approx(fewer.value, rel=1e-3)
+
+
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])
 def test_an_encoder_with_fewer_tokens_is_compared_on_the_same_texts(tmp_path, architecture):
     """Each model with its own tokenizer, in plain transformers, one text at a time."""
@@ -144,11 +154,14 @@ def test_what_calibrates_must_not_score(small, tmp_path):
     other.write_text("\n\n".join(prose[100:200]))
     with pytest.raises(UsageError, match=r"shares \d+ paragraphs with the text that is scored"):
         made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+    with pytest.raises(UsageError, match=r"shares \d+ paragraphs with the text that is scored"):
+        made(small.folder, tmp_path, {"vocabulary": {"corpus": str(other)}}, text=str(text))
     other.write_text("Too short.")
     with pytest.raises(UsageError, match="too short"):
         made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
     other.write_text("\n\n".join(each.replace("ships", "trains") for each in prose))
     made(small.folder, tmp_path, LIGHT, text=str(text), calibrate=str(other))
+    made(small.folder, tmp_path, {"vocabulary": {"corpus": str(other)}}, text=str(text))
 
 
 def test_pairs_that_are_scored_must_not_calibrate(tmp_path):

@@ -3,12 +3,16 @@ measured against the original."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 from lightship.bundle import Bundle
 from lightship.checkpoint import Checkpoint
 from lightship.compression.magnitude import Magnitude
 from lightship.errors import LimitExceeded, UnsupportedError
+from lightship.evaluation.text import cut
 from lightship.pipeline import check, convert, evaluate, plan_run, run, ship
 from lightship.recipe import Precision, Recipe
 from tests.tiny import tiny_encoder, tiny_llama
@@ -38,6 +42,16 @@ def test_from_recipe_to_bundle_and_back(small, tmp_path, monkeypatch):
     assert Bundle.open(bundle.folder).digest == bundle.digest
 
 
+def bits_per_byte(checkpoint):
+    """Of the default text in the tokens of `checkpoint`, by plain transformers, one passage at a time."""
+    passages, model, total = cut(Recipe(source=""), checkpoint).score, checkpoint.load("float32"), 0.0
+    for ids, marks in zip(passages.sequences, passages.masks, strict=True):
+        with torch.inference_mode():
+            said = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total -= sum(float(said[at - 1, ids[at]]) for at, scored in enumerate(marks) if scored)
+    return total / math.log(2) / (passages.bytes_per_token * passages.scored)
+
+
 def test_a_cut_vocabulary_goes_all_the_way_and_is_measured_again(small, tmp_path):
     """Nothing is lost for the tokens that were kept: not in the gates, not when the bundle is compared once more."""
     asked = Recipe(source=str(small.folder), steps=[{"vocabulary": {"keep": 400}}], precision=Precision(name="fp32"))
@@ -47,6 +61,7 @@ def test_a_cut_vocabulary_goes_all_the_way_and_is_measured_again(small, tmp_path
     again = evaluate(bundle.folder, str(small.folder))
     for report in (bundle.report, again):
         assert next(metric.value for metric in report.metrics if metric.name == "kld") < 1e-5
+        assert report.get("bits_per_byte").baseline == pytest.approx(bits_per_byte(small), rel=1e-4)
     assert check(bundle.folder, repeats=1).meta["verdict"].startswith("intact")
 
 

@@ -101,7 +101,7 @@ class Text:
             raise UsageError(
                 f"{self.name} shares {len(shared)} paragraphs with the text that is scored, such as "
                 f"{shared[0][:60]!r}; what calibrates must not score",
-                hint="leave them out of one of both, or leave --calibrate out: a part of the text then calibrates",
+                hint="leave them out of one of both, or give no such text: a part of what --text names then calibrates",
             )
 
     @property
@@ -191,6 +191,20 @@ def read_text(path: Path, render: Render) -> Text:
 
     `render` turns messages into pieces, marking the assistant's. Raises `UsageError` naming the line at fault.
     """
+    content = _content(path)
+    if path.suffix == ".jsonl":
+        # not splitlines(): U+2028 and friends may stand unescaped inside a JSON string
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return _text(path.name, _conversations(path, lines, render))
+    return _text(path.name, _blocks(_unrepeated(paragraphs(content), set())))
+
+
+def whole_text(path: Path) -> Text:
+    """The plain text in `path` as one document, what repeats in it included. Raises `UsageError` for no text."""
+    return Text(path.name, (Document(((_content(path), True),)),))
+
+
+def _content(path: Path) -> str:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -200,11 +214,7 @@ def read_text(path: Path, render: Render) -> Text:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip():
         raise UsageError(f"{path} is empty", hint="give plain text, or chat JSONL")
-    if path.suffix == ".jsonl":
-        # not splitlines(): U+2028 and friends may stand unescaped inside a JSON string
-        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-        return _text(path.name, _conversations(path, lines, render))
-    return _text(path.name, _blocks(_unrepeated(paragraphs(content), set())))
+    return content
 
 
 def _conversations(path: Path, lines: Sequence[tuple[int, str]], render: Render) -> Iterator[Document]:

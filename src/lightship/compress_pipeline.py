@@ -104,6 +104,8 @@ def walk(recipe: Recipe, steps: Sequence[Step], work: Work, *, ignore_shortage: 
         step.refuse(original.config)
         if not ignore_shortage:
             step.check_memory(original)
+        for text in step.texts(original):
+            calibrating.check_text(recipe, original, text)
     calibration = calibrating.text(recipe, original)
     recorded = _record(recipe, original, work)
     made: list[Made] = []

@@ -321,7 +321,7 @@ def _evaluate(
     checkpoint, texts = source.original, source.texts
 
     def make(folder: Path) -> dict[str, Any]:
-        metrics = _scored(source, runtimes, folder / "reference")
+        metrics = _scored(recipe, source, runtimes, folder / "reference")
         repeats = SPEED_REPEATS[recipe.evaluate]
         original = memory.probe("pytorch", checkpoint.folder, **repeats)
         for name, runtime in runtimes.items():
@@ -337,25 +337,22 @@ def _evaluate(
     return work.stage("evaluate", depends, make)
 
 
-def _scored(source: Source, runtimes: Mapping[str, Path], folder: Path) -> dict[str, list[Metric]]:
+def _scored(recipe: Recipe, source: Source, runtimes: Mapping[str, Path], folder: Path) -> dict[str, list[Metric]]:
     """All models on held-out text, one after the other: no two are in memory together. What the original says lies in
     `folder` meanwhile."""
     original = loss.original_scorer(source.original, source.checkpoint)
     batches, text_bytes = source.texts.score_batches(original)
     scoring = divergence.record(original, batches, folder)
+    bits = loss.original_bits(recipe, source.original, original)
     del original
     gc.collect()
-    found = {name: _quality(name, each, scoring, text_bytes, source.texts) for name, each in runtimes.items()}
+    found = {}
+    for name, runtime in runtimes.items():
+        compared = divergence.compare(scoring, find("targets", name).open_scorer(runtime))
+        gc.collect()
+        found[name] = perplexity.quality(compared, text_bytes, source.texts.scored, bits)
     shutil.rmtree(folder)
     return found
-
-
-def _quality(
-    name: str, runtime: Path, scoring: Reference, text_bytes: float | None, texts: Texts | PairTexts
-) -> list[Metric]:
-    found = divergence.compare(scoring, find("targets", name).open_scorer(runtime))
-    gc.collect()
-    return perplexity.quality(found, text_bytes, texts.scored)
 
 
 def _golden_cases(

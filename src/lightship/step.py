@@ -75,6 +75,11 @@ class Step(BaseModel, ABC):
         """The files that its options name: when they change, what it made is not found again."""
         return []
 
+    def texts(self, checkpoint: Checkpoint) -> list[Text]:
+        """What its options have it read beside the context's text: none of that may be scored. Raises `UsageError` for
+        what cannot be read."""
+        return []
+
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
         """Peak memory that the step needs beside the interpreter: a float32 copy of the weights, and the same again; of
         models that generate the logits of what is read together."""

@@ -192,6 +192,29 @@ def test_gradients_are_those_of_the_answers_drawn(llama):
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-9)
 
 
+def test_the_start_and_the_end_of_a_span_are_two_answers(tmp_path):
+    """As a loss counts them. Against autograd: all draws of a row at once, each text by itself."""
+    encoder = tiny_encoder(tmp_path / "bert", "BertForQuestionAnswering")
+    model, given = encoder.load("float32"), context(encoder, rows=3, length=12)
+    layer = model.get_submodule(name := "bert.encoder.layer.1.output.dense")
+    draw, expected, tokens = torch.Generator().manual_seed(5), 0.0, 0
+    for batch in given.batches:
+        inputs, seen = {each: torch.from_numpy(values) for each, values in batch.items()}, []
+        handle = layer.register_forward_hook(lambda module, read, out, seen=seen: seen.append(out))
+        out = model(**inputs)
+        handle.remove()
+        loss = 0.0
+        for logits in (out.start_logits, out.end_logits):
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+            loss = loss + torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        gradient = torch.autograd.grad(loss, seen[0])[0].flatten(0, 1)
+        expected = expected + (gradient.T @ gradient).double()
+        tokens += int(inputs["attention_mask"].sum())
+    spans = sum(len(batch["input_ids"]) for batch in given.batches)
+    found = fisher(model, {name: layer}, given.batches, 5)[name]
+    torch.testing.assert_close(found, expected / (2 * spans * tokens), rtol=1e-3, atol=1e-12)
+
+
 # ── The step ────────────────────────────────────────────────────────────────
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightship.calibration import Document, Text, read_text, render_with
-from lightship.errors import UsageError
-from lightship.evaluation.text import scoring_set
+from lightship.errors import SourceError, UsageError
+from lightship.evaluation.text import scoring_set, tokeniser
+from tests.tiny import tiny_llama
 
 TEXT = Text("t", tuple(Document(((f"document {i} " * 9, True),)) for i in range(50)))
 
@@ -70,3 +71,11 @@ def test_what_calibrates_holds_nothing_that_is_scored() -> None:
             Text("t", (Document(((text, True),)),)).check_apart(chat.answers())
     Text("t", (Document(((answer.replace("nobody", "somebody"), True),)),)).check_apart(chat.answers())
     Text("t", (Document((("Yes.", True),)),)).check_apart(["Yes."])  # a stock phrase gives nothing away
+
+
+def test_a_token_without_an_embedding_is_an_error_of_the_source(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "llama", vocab_size=300)
+    encode, _ = tokeniser(model)
+    assert encode("a")
+    with pytest.raises(SourceError, match=r"with id \d+, the model in .* embeddings for 0 … 299"):
+        encode("the statement is executed")

@@ -52,12 +52,7 @@ def fisher(
             with torch.enable_grad():
                 answers = dict(_answers(model(**inputs), real, draw, several))
             torch.autograd.backward(list(answers), list(answers.values()))
-            first = next(iter(answers))
-            if several:
-                answered += first.numel()
-            else:
-                rows = first.shape[:2] == real.shape and first.ndim == 3
-                answered += int(real.sum()) if rows else first[..., 0].numel()
+            answered += sum(_count(answer, real, several) for answer in answers)
     return {name: total / (answered * read[name]) for name, total in sums.items()}
 
 
@@ -92,6 +87,15 @@ def _answers(
         else:
             gradient = torch.randn(answer.shape, generator=draw)
         yield answer, gradient * real[..., None] if answer.ndim == 3 and answer.shape[:2] == real.shape else gradient
+
+
+def _count(answer: torch.Tensor, real: torch.Tensor, several: bool) -> int:
+    """How many answers are in it: each of `several` labels, else a distribution for each row, or for each real token.
+    The start and the end of a span are two, each over all tokens."""
+    if several:
+        return int(answer.numel())
+    of_tokens = answer.ndim == 3 and answer.shape[:2] == real.shape
+    return int(real.sum() if of_tokens else answer[..., 0].numel())
 
 
 @contextmanager

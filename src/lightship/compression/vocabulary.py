@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from lightship.calibration import read_text, render_with
+from lightship.calibration import Text, read_text, render_with, whole_text
 from lightship.checkpoint import Checkpoint, read_json, sha256
 from lightship.compression._named_ids import named
 from lightship.compression._tables import cut_tables
@@ -64,11 +64,22 @@ class Vocabulary(Step):
     def files(self) -> list[Path]:
         return [] if self.corpus is None else [Path(self.corpus)]
 
+    def texts(self, checkpoint: Checkpoint) -> list[Text]:
+        if self.corpus is None:
+            return []
+        path = Path(self.corpus)
+        if path.suffix != ".jsonl":
+            return [whole_text(path)]
+        template = load_template(checkpoint.folder)
+        if template is None:
+            raise UsageError(f"{path} is a chat, and the model has no chat template", hint="give plain text")
+        return [read_text(path, render_with(template.render))]
+
     def apply(self, checkpoint: Checkpoint, folder: Path, context: Context) -> Checkpoint:
         """`checkpoint` with fewer tokens, written into the new `folder` in its own dtype. Raises `UsageError` when
         `keep` is less than what must be kept."""
         files, size = TokenizerFiles.of(checkpoint), checkpoint.vocabulary
-        texts = list(self._texts(checkpoint, context))
+        texts = list(self._pieces(checkpoint, context))
         counts = np.zeros(size, np.int64)
         for text in texts:
             np.add.at(counts, files.encode(text), 1)
@@ -86,29 +97,14 @@ class Vocabulary(Step):
             files.check(Path(place), kept, texts)
             return self.write(model, checkpoint, folder, context, figures, tokenizer_files=Path(place))
 
-    def _texts(self, checkpoint: Checkpoint, context: Context) -> Iterator[str]:
+    def _pieces(self, checkpoint: Checkpoint, context: Context) -> Iterator[str]:
         """The corpus, in pieces, as the model reads it."""
         lower = checkpoint.kind not in GENERATORS and Encoder.load(checkpoint.folder).lower
-        for text in self._corpus(checkpoint, context):
+        corpus = self.texts(checkpoint) or [context.text]
+        for text in (document.text for each in corpus for document in each.documents):
             for start in range(0, len(text), PIECE):
                 piece = text[max(0, start - OVERLAP) : start + PIECE + OVERLAP]
                 yield piece.lower() if lower else piece
-
-    def _corpus(self, checkpoint: Checkpoint, context: Context) -> list[str]:
-        if self.corpus is None:
-            return [document.text for document in context.text.documents]
-        path = Path(self.corpus)
-        if path.suffix == ".jsonl":
-            template = load_template(checkpoint.folder)
-            if template is None:
-                raise UsageError(f"{path} is a chat, and the model has no chat template", hint="give plain text")
-            return [document.text for document in read_text(path, render_with(template.render)).documents]
-        try:
-            return [path.read_text(encoding="utf-8-sig")]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
     def _select(self, pieces: Pieces, required: set[int], counts: Counts) -> tuple[list[int], int]:
         """The ids to keep, ascending, and how many must be."""

@@ -12,7 +12,7 @@ from lightship.checkpoint import Checkpoint
 from lightship.encoder import Encoder
 from lightship.evaluation import encoders
 from lightship.evaluation.pairs import read_pairs, written
-from lightship.evaluation.text import CHUNK, calibration_text, open_text, tokeniser
+from lightship.evaluation.text import CHUNK, calibration_text, check_apart, open_text, tokeniser
 from lightship.find import find
 from lightship.recipe import Recipe
 from lightship.seq2seq import Seq2Seq
@@ -27,9 +27,20 @@ def text(recipe: Recipe, checkpoint: Checkpoint) -> Text:
     """The text to calibrate on, see `calibration_text`."""
     template = load_template(checkpoint.folder)
     found = calibration_text(recipe, scoring_text(recipe, checkpoint), template)
-    if recipe.calibrate is not None and _scores_pairs(recipe, checkpoint):
-        found.check_apart(words for *pair, _ in read_pairs(Path(str(recipe.text))) for words in pair)
+    if recipe.calibrate is not None:
+        _check_pairs(recipe, checkpoint, found)
     return found
+
+
+def check_text(recipe: Recipe, checkpoint: Checkpoint, given: Text) -> None:
+    """Raise `UsageError` where `given`, which a step reads, shares paragraphs with what is scored."""
+    check_apart(given, scoring_text(recipe, checkpoint))
+    _check_pairs(recipe, checkpoint, given)
+
+
+def _check_pairs(recipe: Recipe, checkpoint: Checkpoint, given: Text) -> None:
+    if _scores_pairs(recipe, checkpoint):
+        given.check_apart(words for *pair, _ in read_pairs(Path(str(recipe.text))) for words in pair)
 
 
 def scoring_text(recipe: Recipe, checkpoint: Checkpoint) -> Text:

@@ -194,6 +194,18 @@ def compare(reference: Reference, candidate: AnyScorer) -> Comparison:
     return Comparison(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+def log_probabilities(scorer: AnyScorer, batches: Iterable[Batch]) -> list[Floats]:
+    """Per batch the log-probabilities (nats) of the tokens that really follow its scored positions."""
+    found = []
+    for batch in batches:
+        labels, parts = batch.labels(), list[Floats]()
+        for _, rows, (scored, start) in _scored_blocks(scorer, batch):
+            label = labels[:, start : start + scored.shape[1]][scored]
+            parts.append(np.take_along_axis(rows, np.maximum(label, 0)[:, None], 1)[label >= 0, 0])
+        found.append(np.concatenate(parts))
+    return found
+
+
 def _compare_rows(p: Floats, q: Floats, label: npt.NDArray[np.int64]) -> list[npt.NDArray[np.generic]]:
     """The fields of `Comparison` for original and candidate log-probabilities, each (positions, vocabulary)."""
     if p.shape != q.shape:

@@ -4,7 +4,6 @@ calibrated on. Of models that generate KL divergence, top-1, flips and perplexit
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightship.checkpoint import Checkpoint
+from lightship.checkpoint import Checkpoint, read_json, write_json
 from lightship.encoder import Encoder
 from lightship.engine import EngineSettings
 from lightship.errors import LightshipError, LimitExceeded, UsageError
@@ -49,7 +48,7 @@ def record(recipe: Recipe, original: Checkpoint, through: Checkpoint, folder: Pa
         scorer = original_scorer(original, through)
         batches, text_bytes = _texts(recipe, through).score_batches(scorer)
         divergence.record(scorer, batches, folder)
-        (folder / BYTES).write_text(json.dumps(text_bytes))
+        write_json(folder / BYTES, {"bytes": text_bytes, "original_bits": original_bits(recipe, original, scorer)})
     gc.collect()
 
 
@@ -79,6 +78,17 @@ def original_scorer(original: Checkpoint, through: Checkpoint) -> Any:
     return Restricted(scorer, kept)
 
 
+def original_bits(recipe: Recipe, original: Checkpoint, scorer: Any) -> float | None:
+    """Bits per byte of `original` on the text of `recipe` in its own tokens, where its `scorer` (see `original_scorer`)
+    reads it in those of a cut vocabulary; None where both are the same, or no text of known length is scored."""
+    if not isinstance(scorer, (Restricted, RestrictedPair)):
+        return None
+    batches, text_bytes = _texts(recipe, original).score_batches(scorer.scorer)
+    if text_bytes is None:
+        return None
+    return perplexity.bits_per_byte(divergence.log_probabilities(scorer.scorer, batches), text_bytes)
+
+
 def _kept(original: Checkpoint, through: Checkpoint) -> npt.NDArray[np.int64] | None:
     """The ids that the tokens of `through` have in `original`; None where both have the same."""
     before, after = original.kept_tokens, through.kept_tokens
@@ -101,9 +111,10 @@ def measure(recipe: Recipe, changed: Checkpoint, recorded: Path) -> list[Metric]
     else:
         scorer = find("targets", "pytorch").open_scorer(changed.folder)
         reference = divergence.reopen(recorded)
-        text_bytes = json.loads((recorded / BYTES).read_text())
+        about = read_json(recorded / BYTES)
         compared = divergence.compare(reference, scorer)
-        found = perplexity.quality(compared, text_bytes, _texts(recipe, changed).scored)
+        scored = _texts(recipe, changed).scored
+        found = perplexity.quality(compared, about["bytes"], scored, about["original_bits"])
     gc.collect()
     return found
 

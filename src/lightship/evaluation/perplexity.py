@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,12 @@ from lightship.report import Metric
 Values = npt.NDArray[np.floating]
 
 
-def quality(found: Comparison, text_bytes: float | None, scored: str) -> list[Metric]:
+def quality(
+    found: Comparison, text_bytes: float | None, scored: str, original_bits: float | None = None
+) -> list[Metric]:
     """The quality metrics of a comparison whose batches are passages; `text_bytes` is the UTF-8 length of the scored
-    tokens (None where a model wrote them: then without bits per byte), `scored` says in words which they are. Standard
+    tokens (None where a model wrote them: then without bits per byte), `scored` says in words which they are.
+    `original_bits`: the original's bits per byte, where it reads the text in other tokens than the candidate. Standard
     errors treat each passage as one draw."""
     if not np.isfinite(found.kld).all():
         raise LightshipError("the candidate's divergence is not finite on the held-out text",
@@ -30,7 +34,7 @@ def quality(found: Comparison, text_bytes: float | None, scored: str) -> list[Me
     drawn = "s.e. over passages" if len(passages) > 1 else "s.e. over tokens"
     return [
         Metric("kld", float(found.kld.mean()), "nats/token", n, mean_stderr([each.kld for each in passages]), "lower",
-               0.0, f"mean KL(original ‖ candidate) over the whole vocabulary, {scored}; {drawn}"),
+               0.0, f"mean KL(original ‖ candidate) over the candidate's vocabulary, {scored}; {drawn}"),
         Metric("kld_p99", float(np.quantile(found.kld, 0.99)), "nats/token", n, None, "lower", 0.0, "99th percentile"),
         Metric("top1", float(found.top1.mean()), "share", n,
                mean_stderr([each.top1.astype(np.float64) for each in passages]), "higher", 1.0,
@@ -38,7 +42,10 @@ def quality(found: Comparison, text_bytes: float | None, scored: str) -> list[Me
         Metric("flips", float(found.flip.mean()), "share", n,
                mean_stderr([each.flip.astype(np.float64) for each in passages]), "lower", 0.0,
                f"positions where exactly one of both ranks the token that follows first (arXiv:2407.09141); {drawn}"),
-        *perplexity([each.original for each in passages], [each.candidate for each in passages], text_bytes),
+        *(metric if original_bits is None or metric.name != "bits_per_byte"
+          else replace(metric, baseline=original_bits, method=f"{metric.method}; the original in its own tokens")
+          for metric in perplexity([each.original for each in passages], [each.candidate for each in passages],
+                                   text_bytes)),
     ]  # fmt: skip
 
 
@@ -62,11 +69,16 @@ def perplexity(original: Sequence[Values], candidate: Sequence[Values], text_byt
                f"exp(mean log p(original) − log p(this)) on the same tokens; paired s.e. over {drawn}, delta method"),
     ]  # fmt: skip
     if text_bytes is not None:
-        scale = n / math.log(2) / text_bytes
         method = f"negative log-likelihood / ln 2 / UTF-8 bytes of the scored text; s.e. over {drawn}"
-        bits, error = -after * scale, _times(scale, error)
-        metrics.insert(1, Metric("bits_per_byte", bits, "bits/byte", n, error, "lower", -before * scale, method))
+        bits, whole = bits_per_byte(candidate, text_bytes), bits_per_byte(original, text_bytes)
+        error = _times(n / math.log(2) / text_bytes, error)
+        metrics.insert(1, Metric("bits_per_byte", bits, "bits/byte", n, error, "lower", whole, method))
     return metrics
+
+
+def bits_per_byte(log_probabilities: Sequence[Values], text_bytes: float) -> float:
+    """Of tokens with these log-probabilities (nats) that are `text_bytes` of UTF-8 together."""
+    return -float(np.concatenate(log_probabilities).sum(dtype=np.float64)) / math.log(2) / text_bytes
 
 
 def mean_stderr(passages: Sequence[Values]) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightship.calibration import Encode, Passages, Text, default_text, paragraph_keys, read_text, render_with
 from lightship.checkpoint import Checkpoint
 from lightship.costs import Amount
-from lightship.errors import UsageError
+from lightship.errors import SourceError, UsageError
 from lightship.evaluation import golden, parity, speed
 from lightship.evaluation.divergence import Batch, passage_batches
 from lightship.recipe import Recipe
@@ -93,11 +93,18 @@ def cut(recipe: Recipe, checkpoint: Checkpoint) -> Texts:
 
 
 def tokeniser(checkpoint: Checkpoint) -> tuple[Encode, int | None]:
-    """Text → token ids without special tokens, from `tokenizer.json`; and the id it begins a text with, if any."""
+    """Text → token ids without special tokens, from `tokenizer.json`; and the id it begins a text with, if any. The
+    first raises `SourceError` for a token that the model has no embedding of."""
     tokenizer = load_tokenizer(checkpoint.folder)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= checkpoint.vocabulary:
+            raise SourceError(
+                f"the text has the token {tokenizer.id_to_token(max(ids))!r} with id {max(ids)}, the model in "
+                f"{checkpoint.folder} embeddings for 0 … {checkpoint.vocabulary - 1}",
+                hint="give the tokenizer that the model was trained with",
+            )
         return ids
 
     whole, plain = tokenizer.encode("a").ids, encode("a")
@@ -123,9 +130,14 @@ def calibration_text(recipe: Recipe, text: Text, template: ChatTemplate | None) 
     if recipe.calibrate is None:
         return text.split()[0]
     given = open_text(recipe.calibrate, template)
+    check_apart(given, text)
+    return given
+
+
+def check_apart(given: Text, text: Text) -> None:
+    """Raise `UsageError` where `given` shares paragraphs with what of `text` is scored."""
     scored = text.split()[1].documents
     given.check_apart(key for document in scored for key in paragraph_keys(document.text) | document.answers())
-    return given
 
 
 def scoring_set(text: Text, tokenize: Encode, length: int, count: int, *, start: int | None = None) -> Passages:
