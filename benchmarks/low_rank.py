@@ -2,8 +2,8 @@
 
 `quality`: held-out text, three calibration sets. All arms of a table have the parameters that equal shares, rounded
 down to ranks of 8, leave; in `ranks shuffled` the first arm's ranks are dealt out anew among layers of one shape.
-`latency`: the whole model, exported to OpenVINO with every layer at one share of its parameters, above 1 too; what
-weights hold does not change the work.
+`embedding`: the table of tokens alone. `latency`: the whole model, exported to OpenVINO with every layer at one share
+of its parameters, above 1 too; what weights hold does not change the work.
 """
 
 from __future__ import annotations
@@ -74,6 +74,30 @@ ARMS: dict[str, Callable[[float], Svd]] = {
 }
 
 
+EMBEDDINGS = (0.9, 0.8, 0.5)
+
+
+def embedding(work: Path, seeds: int, chunks: int) -> str:
+    """The table that embedding and head are, weighed by the calibration text and as it is."""
+    original = models.demo(work / "demo")
+    reference = record_original(original, work / "reference", chunks)
+    found: dict[str, list[Loss]] = {}
+    for share in EMBEDDINGS:
+        for label, method, times in (("weighed (the default)", "fisher", seeds), ("plain", "plain", 1)):
+            step = Svd(keep=1, embedding=share, method=method)
+            for seed in range(times):
+                with tempfile.TemporaryDirectory(dir=work) as folder:
+                    made = step.apply(original, Path(folder) / "made", context := calibration(original, seed))
+                    loss = measure(reference, made)
+                found.setdefault(f"{share:.0%} of the table, {label}", []).append(loss)
+                print(share, label, seed, f"KLD {loss.metrics['kld'].value:.4f}", file=sys.stderr, flush=True)
+    said = (
+        f"The linear layers are whole. Held-out text: {chunks} passages of 512 tokens, the second half of each scored. "
+        f"Calibration: {context.tokens:,} tokens, {seeds} times with other rows: mean (range)."
+    )
+    return f"{table(shown(found))}\n\n{said}"
+
+
 def quality(work: Path, seeds: int, chunks: int, keeps: tuple[float, ...], rows: int | None) -> str:
     """A table for each share."""
     original = models.demo(work / "demo")
@@ -129,7 +153,7 @@ def latency(work: Path, repeats: int) -> str:
 def main() -> None:
     """One section a run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.low_rank", description=__doc__)
-    parser.add_argument("what", choices=["quality", "latency"])
+    parser.add_argument("what", choices=["quality", "embedding", "latency"])
     parser.add_argument("--seeds", type=int, default=SEEDS, choices=range(1, SEEDS + 1))
     parser.add_argument("--chunks", type=int, default=CHUNKS, help="held-out passages")
     parser.add_argument("--rows", type=int, help="of 512 tokens to calibrate with (default: 20)")
@@ -140,6 +164,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as folder:
         if asked.what == "quality":
             put(name, quality(Path(folder), asked.seeds, asked.chunks, tuple(asked.keep), asked.rows), PAGE)
+        elif asked.what == "embedding":
+            put(name, embedding(Path(folder), asked.seeds, asked.chunks), PAGE)
         else:
             put(name, latency(Path(folder), asked.repeats), PAGE)
 

@@ -155,8 +155,10 @@ def test_a_budget_below_rank_1_is_an_error():
         allocate(curves(), 10)
     with pytest.raises(UsageError, match=r"keep: .*greater than 0, received '0'"):
         make_step("svd", {"keep": "0"})
-    with pytest.raises(UsageError, match=r"keep: .*less than 1, received '1"):
-        make_step("svd", {"keep": 1.0})
+    with pytest.raises(UsageError, match=r"keep: .*less than or equal to 1, received '1\.1"):
+        make_step("svd", {"keep": 1.1})
+    with pytest.raises(UsageError, match="keep=1 leaves every linear layer whole"):
+        make_step("svd", {"keep": 1})
 
 
 # ── Sensitivity ─────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lightship.checkpoint import Checkpoint
 from lightship.compression._activations import second_moments
@@ -87,7 +87,12 @@ class Svd(WeightStep):
     serves: ClassVar[Need] = "compute"
     trial: ClassVar[Mapping[str, Any]] = {"keep": 0.9}
 
-    keep: float = Field(0.9, gt=0.0, lt=1.0, description="share of the parameters of all linear layers that is kept")
+    keep: float = Field(
+        0.9,
+        gt=0.0,
+        le=1.0,
+        description="share of the parameters of all linear layers that is kept; 1: all, for embedding alone",
+    )
     method: Literal["fisher", "whitened", "scaled", "plain"] = Field(
         "fisher",
         description="what a layer's error is measured by: inputs and outputs, by their second moments and gradients "
@@ -109,17 +114,31 @@ class Svd(WeightStep):
         0.01, gt=0.0, le=1.0, description="share of the mean second moment that every direction has besides its own"
     )
 
+    @model_validator(mode="after")
+    def _something(self) -> Svd:
+        if self.keep == 1 and self.embedding is None:
+            raise UsageError("step svd: keep=1 leaves every linear layer whole", hint="lower keep, or give embedding")
+        return self
+
     def predicted_bytes(self, checkpoint: Checkpoint) -> int:
-        """The weights and their factors in float32; the moments of both sides of every matrix but the embeddings; what
-        a gradient over 512 tokens keeps; an embedding that is factorised, in float64."""
+        """The weights and their factors in float32; where layers are factorised the moments of both sides of every
+        matrix but the embeddings, and what a gradient over 512 tokens keeps; an embedding that is, in float64."""
         shapes = [shape for shape in checkpoint.shapes.values() if len(shape) == 2]
         sides = [side for shape in shapes if checkpoint.vocabulary not in shape for side in shape]
-        moments = sum(8 * side**2 for side in sides)
+        layers = 0 if self.keep == 1 else sum(8 * side**2 for side in sides) + gradient_bytes(checkpoint)
         tables = [prod(shape) for shape in shapes if checkpoint.vocabulary in shape] if self.embedding else []
-        kept = moments + gradient_bytes(checkpoint) + 3 * 8 * max(tables, default=0)
-        return super().predicted_bytes(checkpoint) + kept
+        return super().predicted_bytes(checkpoint) + layers + 3 * 8 * max(tables, default=0)
 
     def change(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
+        figures = {} if self.keep == 1 else self.factorise_layers(model, context)
+        if self.embedding is not None:
+            figures["embedding_lost"] = factorise_tables(
+                model, self.embedding, self.multiple, context.batches, weighed=self.method in ("fisher", "whitened")
+            )
+        return figures
+
+    def factorise_layers(self, model: PreTrainedModel, context: Context) -> dict[str, Any]:
+        """Put products in the place of linear layers of `model`; how many, and what that should lose."""
         layers = linears(model)
         if not layers:
             raise UnsupportedError("it has no linear layer that is not of low rank already", hint="use the original")
@@ -136,10 +155,6 @@ class Svd(WeightStep):
             "of": len(ranks),
             "predicted_kld": sum(curves[name].loss(rank) for name, rank in ranks.items()),
         }
-        if self.embedding is not None:
-            figures["embedding_lost"] = factorise_tables(
-                model, self.embedding, self.multiple, context.batches, weighed=self.method in ("fisher", "whitened")
-            )
         context.say(f"{figures['factorised']} of {len(ranks)} linear layers factorised, {figures['kept']:.2%} of their "
                     f"parameters kept; KL divergence predicted {figures['predicted_kld']:.3g} nats")  # fmt: skip
         return figures
