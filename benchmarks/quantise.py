@@ -1,17 +1,24 @@
 """Four bits on the demo model: fitted to data against rounded to nearest at the same bytes, and the frontier of mixed
-precision. Distances are taken on text that nothing was calibrated on, as the folder is served."""
+precision. Distances are taken on text that nothing was calibrated on, as the folder is served.
+
+All arms of three seeds take hours on one core. With `--kept FOLDER` what is measured is kept, and what is there is not
+measured again: `--seed` then shares the work among processes, and a last run without it writes the table.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -22,9 +29,11 @@ from lightship.checkpoint import Checkpoint
 from lightship.evaluation import divergence
 from lightship.evaluation.text import CALIBRATION_ROWS, CHUNK, scoring_set, tokeniser
 from lightship.recipe import Precision
-from lightship.targets import openvino
+from lightship.targets import _sensitivity, openvino
 from lightship.targets.pytorch import open_scorer
+from lightship.work import digest_of
 
+MEASURE = _sensitivity.measure
 PAGE = DOCS / "quantisation.md"
 POOL = 160  # rows that the calibration rows of a seed are drawn from, where the text has as many
 PLAIN = {"name": "int4", "fit": False}
@@ -67,12 +76,14 @@ class Bench:
     reference: divergence.Reference
     pool: Sequence[Sequence[int]]
     weights: int
+    costs: dict[str, list[_sensitivity.Cost]] = field(default_factory=dict)
 
     def measure(self, precision: Precision, seed: int, folder: Path) -> Arm:
         """Quantise into `folder` and compare."""
         rows = random.Random(seed).sample(list(self.pool), min(CALIBRATION_ROWS, len(self.pool)))
         begun = time.monotonic()
-        openvino.quantise(self.exported, folder, precision, rows if precision.data_aware else (), self.checkpoint)
+        with patch.object(_sensitivity, "measure", self._costs):
+            openvino.quantise(self.exported, folder, precision, rows if precision.data_aware else (), self.checkpoint)
         openvino.finish(folder, precision)
         taken = time.monotonic() - begun
         gc.collect()
@@ -85,6 +96,13 @@ class Bench:
             float(found.flip.mean()),
             taken,
         )
+
+    def _costs(self, model: Any, rows: Sequence[Sequence[int]], group: int) -> list[_sensitivity.Cost]:
+        """What each matrix costs, measured once for all limits on `bits` of a seed."""
+        name = digest_of([group, [list(row) for row in rows]])
+        if name not in self.costs:
+            self.costs[name] = MEASURE(model, rows, group)
+        return self.costs[name]
 
 
 def prepared(folder: Path, rows: int) -> Bench:
@@ -101,16 +119,24 @@ def prepared(folder: Path, rows: int) -> Bench:
     return Bench(checkpoint, folder / "exported", reference, pool, weights)
 
 
-def run(bench: Bench, arms: dict[str, Precision], seeds: int, work: Path) -> list[list[str]]:
+def run(
+    bench: Bench, arms: dict[str, Precision], seeds: Sequence[int], work: Path, kept: Path | None
+) -> list[list[str]]:
     """The rows of a table. Arms that use no text are measured once; one that fails says with what."""
     heading = ["", "MB", "bits per weight", "mean KLD", "of the seeds", "same likeliest token", "flips", "minutes"]
     rows = [heading]
     for label, precision in arms.items():
         found: list[Arm] = []
         try:
-            for seed in range(seeds if precision.data_aware else 1):
+            for seed in seeds if precision.data_aware else [0]:
+                path = kept and kept / f"{label}, seed {seed}.json"
+                if path and path.is_file():
+                    found.append(Arm(**json.loads(path.read_text())))
+                    continue
                 with tempfile.TemporaryDirectory(dir=work) as folder:
                     found.append(bench.measure(precision, seed, Path(folder)))
+                if path:
+                    path.write_text(json.dumps(asdict(found[-1])))
                 print(f"{label}, seed {seed}: {found[-1]}", flush=True)
         except Exception as error:  # the page says which arms failed, the others go on
             print(f"{label}: {error!r}", flush=True)
@@ -143,7 +169,8 @@ GROUPS = {"equal": ("Four bits in groups of 64, tables in int8: the same bytes",
 def main() -> None:
     """The tables that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantise", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="Draws of calibration rows.")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="Draws of calibration rows.")
+    parser.add_argument("--kept", type=Path, help="Folder of what is measured already.")
     parser.add_argument("--rows", type=int, default=12, help="Passages of 512 tokens that are scored.")
     parser.add_argument("--only", choices=list(GROUPS), action="append", help="One table; may be repeated.")
     asked = parser.parse_args()
@@ -153,7 +180,7 @@ def main() -> None:
         bench = prepared(Path(name), asked.rows)
         for group, label in names.items():
             title, arms = GROUPS[group]
-            rows = run(bench, arms, asked.seeds if group == "equal" else 1, Path(name))
+            rows = run(bench, arms, asked.seed, Path(name), asked.kept)
             put(label, f"{title}.\n\n{table(rows)}", PAGE)
 
 
