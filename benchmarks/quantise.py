@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks import models
+from benchmarks import frontier, models
 from benchmarks.page import DOCS, put, section, table
 from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
@@ -182,6 +182,7 @@ def main() -> None:
             title, arms = GROUPS[group]
             rows = run(bench, arms, asked.seed, Path(name), asked.kept)
             put(label, f"{title}.\n\n{table(rows)}", PAGE)
+    frontier.main()
 
 
 if __name__ == "__main__":
