@@ -29,8 +29,8 @@ def tiny_tokenizer(folder: Path, size: int = 512, kind: str = "bpe") -> int:
 
 @cache
 def _trained(kind: str, size: int) -> str:
-    """The JSON of a trained tokenizer: `bpe` of bytes as GPT-2 and llama 3 have, `unigram` of SentencePiece's shape, or
-    `wordpiece` of BERT's."""
+    """The JSON of a trained tokenizer: `bpe` of bytes as GPT-2 and llama 3 have, `sentencepiece`, BPE of characters as
+    llama 2 has, `unigram` of SentencePiece's shape, or `wordpiece` of BERT's."""
     from pydoc_data.topics import topics
 
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -41,6 +41,8 @@ def _trained(kind: str, size: int) -> str:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    elif kind == "sentencepiece":
+        return _sentencepiece(sorted(topics.values())[:40], size)
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")  # as the real ones have it
@@ -54,6 +56,34 @@ def _trained(kind: str, size: int) -> str:
         tokenizer.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(**{**options, "special_tokens": [*SPECIAL, "[UNK]"]})
     tokenizer.train_from_iterator(sorted(topics.values()), trainer)
+    return tokenizer.to_str()
+
+
+def _sentencepiece(texts: list[str], size: int) -> str:
+    """As llama 2's `tokenizer.json` is made of SentencePiece's model: every way to make a token is a merge, in the
+    order of the tokens."""
+    import json
+
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    first = ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=size - 256 - len(first), show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    learnt = [left + right for left, right in json.loads(trained.to_str())["model"]["merges"]]
+    characters = sorted(set(trained.get_vocab()) - set(learnt))
+    tokens = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(learnt), *characters]
+    known = set(tokens)
+    merges = [(token[:at], token[at:]) for token in dict.fromkeys(learnt) for at in range(1, len(token))
+              if {token[:at], token[at:]} <= known]  # fmt: skip
+    ids = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in first])
     return tokenizer.to_str()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from lightship.recipe import Precision
 from lightship.targets import _gguf_tokenizer, gguf, pytorch
-from tests.targets.test_gguf_target import LLAMA3, tiny
+from tests.targets.test_gguf_target import LLAMA3, sentencepiece_llama, tiny
 
 SERVER = os.environ.get("LIGHTSHIP_LLAMA_SERVER")
 pytestmark = [
@@ -92,3 +92,18 @@ def test_llama_cpp_cuts_text_the_same(llama, tmp_path, serve):
     for text in (*_gguf_tokenizer.PROBES, "<|user|>hi<|end|>\n<|assistant|> 12"):
         body = {"content": text, "add_special": True, "parse_special": True}
         assert post(port, "/tokenize", body)["tokens"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("owner", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_llama_cpp_cuts_text_of_sentencepiece_the_same(owner, tmp_path, serve):
+    checkpoint = sentencepiece_llama(tmp_path / "llama", owner)
+    gguf.export(checkpoint, tmp_path / "out")
+    port = serve(tmp_path / "out" / gguf.FILE)
+    tokenizer = checkpoint.carry(tmp_path)
+    reader = _gguf_tokenizer.reader(gguf._metadata(gguf._reader(tmp_path / "out")))
+    same = []
+    for text in (*_gguf_tokenizer.PROBES, "The statement is executed</s> again and</s>\nonce <s>more 漢字  🚢"):
+        found = post(port, "/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        assert found == [1, *reader(text)], "what llama.cpp does is known exactly"
+        same.append(found == tokenizer(text)["input_ids"])
+    assert all(same) == (owner != "LlamaTokenizer") and sum(same) > 5

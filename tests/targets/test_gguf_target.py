@@ -8,7 +8,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lightship.checkpoint import Checkpoint
 from lightship.cli.convert import command
@@ -16,7 +17,7 @@ from lightship.errors import UnsupportedError
 from lightship.pipeline import plan_convert, ship
 from lightship.recipe import Precision, Recipe
 from lightship.targets import _gguf_model, gguf, pytorch
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.tiny import _trained, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 IDS = np.arange(1, 401).reshape(1, 400)  # long enough for a wrong RoPE base to show
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -40,6 +41,17 @@ def tiny(folder, model_type, **changes):
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder)
     return Checkpoint(folder)
+
+
+def sentencepiece_llama(folder, owner):
+    """A llama whose tokenizer is of SentencePiece's kind, and loaded by the class `owner` of transformers."""
+    tokens = Tokenizer.from_str(_trained("sentencepiece", 800))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    checkpoint = tiny(folder, "llama", vocab_size=803, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    fast.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": owner}))
+    return checkpoint
 
 
 def difference(checkpoint, folder):
@@ -75,6 +87,18 @@ def test_reloaded_it_is_the_same_model(model_type, changes, tmp_path):
     assert set(found.values()) == {"F32"}
     assert ("output.weight" in found) != changes.get("tie_word_embeddings", False)
     assert ("blk.0.attn_q.bias" in found) == (model_type == "qwen2")
+
+
+@pytest.mark.parametrize("owner", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_a_llama_with_sentencepiece(owner, tmp_path):
+    """transformers keeps the file as it is for the second, and makes its own of it for the first."""
+    checkpoint = sentencepiece_llama(tmp_path / "llama", owner)
+    gguf.export(checkpoint, tmp_path / "out")
+    assert difference(checkpoint, tmp_path / "out") < SAME
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "out" / gguf.FILE).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_bos_token"]
+    assert "tokenizer.ggml.merges" not in fields and len(fields["tokenizer.ggml.scores"]) == 803
+    assert len(gguf.remarks(tmp_path / "out")) == (owner == "LlamaTokenizer") * 2
 
 
 @pytest.mark.parametrize("mistake", ["order", "base", "eps", "scaling"])
@@ -271,4 +295,4 @@ def test_sliding_windows_are_refused(tmp_path):
 def test_other_tokenizers_are_refused(tmp_path):
     tiny_llama(tmp_path)
     tiny_tokenizer(tmp_path, kind="unigram")
-    assert "byte-level BPE" in refusal(tmp_path, target="gguf", precision=Precision(name="q8_0"))
+    assert "is written for BPE tokenizers" in refusal(tmp_path, target="gguf", precision=Precision(name="q8_0"))

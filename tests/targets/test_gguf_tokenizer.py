@@ -1,6 +1,8 @@
 """The tokenizer of a GGUF file: which of llama.cpp's pre-tokenizers cuts as `tokenizer.json` does, and what it is told
 of tokens."""
 
+import json
+
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -43,9 +45,11 @@ def bpe(pre=GPT2, *, whole=False):
 
 def metadata(tokenizer, size=600, **special):
     """What a GGUF file would say of it."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", **special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "<|end|>", **special})
     found = gguf_tokenizer.vocabulary_of(fast, size, (0,))
     said = {"tokens": found.tokens, "token_type": found.types, "merges": found.merges, "pre": found.pre}
+    if found.scores:
+        said |= {"scores": found.scores, "add_space_prefix": found.prefixed}
     said |= {f"{name}_token_id": number for name, number in found.special.items()}
     said |= {f"add_{name}_token": added for name, added in found.adds.items()}
     return {f"tokenizer.ggml.{name}": value for name, value in said.items()}
@@ -132,3 +136,68 @@ def test_other_ids_are_refused():
     tokenizer.add_special_tokens([AddedToken("<|greedy|>", lstrip=True)])
     with pytest.raises(UnsupportedError, match=r"llama\.cpp would cut"):
         gguf_tokenizer.check_ids(metadata(tokenizer), tokenizer)
+
+
+# ── SentencePiece ───────────────────────────────────────────────────────────
+
+METASPACE = [pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False) for scheme in ("always", "first", "never")]
+
+
+def sentencepiece(pre=None):
+    """As llama 2's own file has it, or as transformers makes it anew, without a normaliser."""
+    tokenizer = Tokenizer.from_str(_trained("sentencepiece", 800))
+    if pre is not None:
+        tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre
+    return tokenizer
+
+
+def said_of(tokenizer):
+    return metadata(tokenizer, 900, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("pre", [None, *METASPACE], ids=["every", "always", "first", "never"])
+def test_sentencepiece_cuts_as_llama_cpp_does(pre, request):
+    tokenizer = sentencepiece(pre)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    assert gguf_tokenizer.pre_tokenizer_of(tokenizer) == "default"
+    said = said_of(tokenizer)
+    gguf_tokenizer.check_ids(said, tokenizer)
+    types = said["tokenizer.ggml.token_type"]
+    assert types[:4] == (2, 3, 3, 6) and types[258:260] == (6, 1) and types[800:802] == (4, 5)
+    text = "The statement is executed; naïve 漢字  🚢 twice  over"
+    assert [1, *gguf_tokenizer.reader(said)(text)] == tokenizer.encode(text).ids
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    told = gguf_tokenizer.vocabulary_of(fast, 900, (2,)).remarks
+    assert len(told) == {"every": 0, "always": 1, "first": 2, "never": 0}[request.node.callspec.id]
+
+
+def test_without_scores_the_cuts_are_others():
+    """The check of ids proves something only if this makes it fail: one score for all, as others write it."""
+    tokenizer = sentencepiece()
+    said = said_of(tokenizer) | {"tokenizer.ggml.scores": (-1000.0,) * 900}
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp would cut"):
+        gguf_tokenizer.check_ids(said, tokenizer)
+
+
+def test_merges_that_scores_cannot_say_are_refused():
+    def changed(change):
+        described = json.loads(_trained("sentencepiece", 800))
+        change(described["model"])
+        return Tokenizer.from_str(json.dumps(described))
+
+    def mixed(model):  # one of two ways to a token to the end
+        ways = [left + right for left, right in model["merges"]]
+        model["merges"].append(model["merges"].pop(next(at for at, way in enumerate(ways) if ways.count(way) > 1)))
+
+    def forgotten(model):
+        model["merges"].pop(next(at for at, (left, right) in enumerate(model["merges"]) if len(left) + len(right) > 2))
+
+    def lacking(model):
+        model["vocab"]["<odd>"] = model["vocab"].pop("<0x41>")
+
+    for change, reason in ((mixed, "mixed up"), (forgotten, r"llama\.cpp would join"), (lacking, "lacks 1 of the 256")):
+        with pytest.raises(UnsupportedError, match=reason):
+            gguf_tokenizer.pre_tokenizer_of(changed(change))
+    for pre in (GPT2, pre_tokenizers.Metaspace(), pre_tokenizers.Whitespace()):
+        with pytest.raises(UnsupportedError, match="would prepare text otherwise"):
+            gguf_tokenizer.pre_tokenizer_of(sentencepiece(pre))

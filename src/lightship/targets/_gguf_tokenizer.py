@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as llama.cpp reads it: tokens, types, merges, and the id of its pre-tokenizer.
+"""A BPE tokenizer as llama.cpp reads it: tokens, types, merges or scores, and the id of its pre-tokenizer.
 
 A GGUF file holds no pre-tokenizer, only the name of one that llama.cpp has built in (`tokenizer.ggml.pre`). Here it is
 found by what it does: the one that cuts difficult text exactly as `tokenizer.json` does.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightship.errors import UnsupportedError
+from lightship.targets import _gguf_spm
 
 # As llama.cpp applies them, one after the other, to what the ones before left whole (src/llama-vocab.cpp).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -57,7 +58,8 @@ PROBES = (
 @dataclass(frozen=True)
 class Vocabulary:
     """What a GGUF file says of a tokenizer. `tokens` and `types` (numbers of `gguf.TokenType`) have a place for every
-    id of the model; `special`: such as `bos` → its id; `adds`: whether `bos` and `eos` are added to a text."""
+    id of the model; `special`: such as `bos` → its id; `adds`: whether `bos` and `eos` are added to a text. One of
+    SentencePiece has `scores` in the place of `merges`, and may put a space before a text (`prefixed`)."""
 
     pre: str
     tokens: tuple[str, ...]
@@ -67,14 +69,20 @@ class Vocabulary:
     adds: Mapping[str, bool]
     template: Any = None
     remarks: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    prefixed: bool = False
 
     def describe(self, writer: Any) -> None:
         """Put it into a `GGUFWriter`."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("llama" if self.scores else "gpt2")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.prefixed)
+        else:
+            writer.add_token_merges(self.merges)
         for name, number in self.special.items():
             getattr(writer, f"add_{name}_token_id")(number)
         for name, added in self.adds.items():
@@ -100,25 +108,32 @@ def vocabulary_of(tokenizer: Any, size: int, ends: tuple[int, ...]) -> Vocabular
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
+    spm = _gguf_spm.is_one(described)
     return Vocabulary(
-        pre, tokens, types, tuple(_merges(described["model"]["merges"])),
+        pre, tokens, types, () if spm else tuple(_merges(described["model"]["merges"])),
         {name: number for name, number in special.items() if number is not None},
         _added(tokenizer.backend_tokenizer, special), template, tuple(_remarks(described, every)),
+        _gguf_spm.score_list(tokens, _gguf_spm.scores(described)) if spm else (),
+        spm and _gguf_spm.prefix(described) != "never",
     )  # fmt: skip
 
 
 def pre_tokenizer_of(tokenizer: Any) -> str:
-    """The id of the pre-tokenizer of llama.cpp that cuts `PROBES` as the `tokenizers.Tokenizer` does. Raises
-    `UnsupportedError` where there is none, or where what comes before or after is not llama.cpp's."""
+    """The id of the pre-tokenizer of llama.cpp that cuts `PROBES` as the `tokenizers.Tokenizer` does; of one of
+    SentencePiece, which cuts nothing, `default`. Raises `UnsupportedError` where there is none, or where what comes
+    before or after is not llama.cpp's."""
     described = json.loads(tokenizer.to_str())
     model, normaliser = described["model"], described["normalizer"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or tokenizer.pre_tokenizer is None:
-        raise UnsupportedError(
-            "GGUF is written for byte-level BPE tokenizers (GPT-2, Llama 3, Qwen2), not for those of SentencePiece",
-            hint="llama.cpp's own convert_hf_to_gguf.py reads tokenizer.model",
-        )
     if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
         raise UnsupportedError("llama.cpp knows no BPE with dropout, prefixes or suffixes of words")
+    if _gguf_spm.is_one(described):
+        _gguf_spm.check(described)
+        return "default"
+    if model["type"] != "BPE" or tokenizer.pre_tokenizer is None:
+        raise UnsupportedError(
+            "GGUF is written for BPE tokenizers: byte-level (GPT-2, Llama 3, Qwen2), or SentencePiece's (Llama 2)",
+            hint="llama.cpp's own convert_hf_to_gguf.py knows more",
+        )
     if normaliser is not None and normaliser["type"] != "NFC":
         raise UnsupportedError(f"llama.cpp would not normalise text as tokenizer.json does ({normaliser['type']})")
     cut = [_pieces(tokenizer.pre_tokenizer, probe) for probe in PROBES]
@@ -136,18 +151,31 @@ def pre_tokenizer_of(tokenizer: Any) -> str:
 def check_ids(metadata: Mapping[str, Any], tokenizer: Any) -> None:
     """Compare the tokenizer that `metadata` (of a GGUF file) makes of llama.cpp with the `tokenizers.Tokenizer` it came
     from, on `PROBES` and every added token. Raises `UnsupportedError` with the first text that gets other ids."""
-    ours = rebuilt(metadata)
+    encode = reader(metadata)
     first = [metadata["tokenizer.ggml.bos_token_id"]] if metadata["tokenizer.ggml.add_bos_token"] else []
     last = [metadata["tokenizer.ggml.eos_token_id"]] if metadata["tokenizer.ggml.add_eos_token"] else []
-    added = tokenizer.get_added_tokens_decoder().values()
-    for text in (*PROBES, *(f"a {token.content} b{token.content}\n{token.content}9" for token in added)):
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    described = json.loads(tokenizer.to_str())
+    if _gguf_spm.is_one(described):
+        texts = list(_gguf_spm.alike(described, PROBES, added))
+    else:
+        texts = [*PROBES, *(f"a {token} b{token}\n{token}9" for token in added)]
+    for text in texts:
         text = unicodedata.normalize("NFC", text)
-        expected, got = tokenizer.encode(text).ids, [*first, *ours.encode(text, add_special_tokens=False).ids, *last]
+        expected, got = tokenizer.encode(text).ids, [*first, *encode(text), *last]
         if got != expected:
             raise UnsupportedError(
                 f"llama.cpp would cut {text!r} into {got[:12]}, tokenizer.json into {expected[:12]}",
                 hint="added tokens that take spaces with them, or need to be single words, have no place in GGUF",
             )
+
+
+def reader(metadata: Mapping[str, Any]) -> Callable[[str], list[int]]:
+    """Text → ids as llama.cpp cuts it with a GGUF file of this metadata, bos and eos left out."""
+    if "tokenizer.ggml.scores" in metadata:
+        return _gguf_spm.Reader(metadata).encode
+    tokenizer = rebuilt(metadata)
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def rebuilt(metadata: Mapping[str, Any]) -> Any:
@@ -189,14 +217,18 @@ def _tokens(tokenizer: Any, described: Mapping[str, Any], size: int) -> tuple[tu
     known = {number: token for token, number in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(known) >= size:
         raise UnsupportedError(f"the tokenizer has the token {max(known)}, the model {size} embeddings")
-    added = {token["id"]: token["special"] or _seems_special(token["content"]) for token in described["added_tokens"]}
+    added = {token["id"]: _CONTROL if token["special"] or _seems_special(token["content"]) else _DEFINED
+             for token in described["added_tokens"]}  # fmt: skip
+    unknown = described["model"].get("unk_token")
     tokens, types = [], []
     for number in range(size):
         tokens.append(known.get(number, f"[PAD{number}]"))
         if number not in known:
             types.append(_UNUSED)
+        elif _gguf_spm.is_one(described):
+            types.append(_gguf_spm.type_of(known[number], number, added, unknown))
         else:
-            types.append((_CONTROL if added[number] else _DEFINED) if number in added else _NORMAL)
+            types.append(added.get(number, _NORMAL))
     return tuple(tokens), tuple(types)
 
 
@@ -224,7 +256,9 @@ def _added(tokenizer: Any, special: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _remarks(described: Mapping[str, Any], ends: list[int]) -> Iterator[str]:
-    if described["normalizer"] is not None:
+    if _gguf_spm.is_one(described):
+        yield from _gguf_spm.remarks(described)
+    elif described["normalizer"] is not None:
         yield "llama.cpp does not normalise text (NFC): letters written as letter and accent get other ids there"
     if len(ends) > 3:
         yield f"GGUF has room for three tokens that end a text; left out: {', '.join(map(str, ends[3:]))}"
