@@ -40,7 +40,8 @@ def quality(work: Path) -> None:
                 shutil.rmtree(made.folder)
             arms[f"{name} {chosen.get('pattern') or format(chosen['sparsity'], '.0%')}"] = found
             print(losses.shown({f"{name} {chosen}": found})[1], file=sys.stderr, flush=True)
-    scored = f"{CHUNKS} held-out passages of 512 tokens, second half scored."
+    scored = (f"{CHUNKS} held-out passages of 512 tokens, second half scored; wanda with {losses.SEEDS} calibration "
+              "sets, mean (range).")  # fmt: skip
     put("sparsity quality", f"{table(losses.shown(arms))}\n\n{scored}", PAGE)
 
 

@@ -9,7 +9,7 @@ import pytest
 from lightship.advise_pipeline import Rounded, advise, compute, rounded_bytes
 from tests.cli.test_cli import lightship
 from tests.compression.context import context
-from tests.tiny import tiny_encoder, tiny_llama
+from tests.tiny import tiny_encoder, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,18 @@ def test_advice(small):
     assert tried["depth drop=1 method=influence"].compute < 1
     assert "must be kept" in tried["vocabulary keep=0.5"].refused, "half of so few tokens is less than the bytes need"
     assert found.words[-1] == f"Try first: lightship ship {small.folder} -p int8", "a command that runs as it stands"
+
+
+def test_a_cut_vocabulary_is_not_compared_by_the_tokens_that_stay(tmp_path):
+    """Its KL divergence is 0: what it costs is text that is written otherwise."""
+    model = tiny_llama(tmp_path / "llama", max_position_embeddings=128, vocab_size=2048)
+    tiny_tokenizer(model.folder, 2048)
+    found = advise(str(model.folder))
+    cut = next(trial for trial in found.trials if trial.name == "vocabulary")
+    assert cut.refused is None and cut.compute < 1 and cut.loss < 1e-6 and cut.losses["bits_per_byte_ratio"] > 1
+    computing, vocabulary = (next(each for each in found.words if each.startswith(word))
+                             for word in ("Computing", "Vocabulary"))  # fmt: skip
+    assert "vocabulary" not in computing and "times the bits a byte" in vocabulary
 
 
 def test_of_an_encoder_on_the_command_line(tmp_path):

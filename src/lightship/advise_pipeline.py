@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TABLES = ("embed", "wte", "wpe", "shared", "lm_head")  # parts of the names of what is looked up, and of heads
 DOMINATES = 0.3  # share of the weights from which on the vocabulary is worth a thought first
+LONGER = "bits_per_byte_ratio"  # of a cut vocabulary: what its other figures, over the kept tokens, do not show
 
 
 class Rounded(WeightStep):
@@ -142,8 +143,11 @@ def _try(
         said = folder / "said"
         if made.kept_tokens is not None:
             loss.record(recipe, original, made, said := folder / "restricted")
-        losses = {each.name: each.value for each in loss.measure(recipe, made, said)
-                  if each.name in STEP_LIMITS}  # fmt: skip
+        metrics = loss.measure(recipe, made, said)
+        losses = {each.name: each.value for each in metrics if each.name in STEP_LIMITS}
+        bits = next((each.ratio() for each in metrics if each.name == "bits_per_byte"), None)
+        if bits is not None and made.kept_tokens is not None:
+            losses[LONGER] = bits
         size = rounded_bytes(original, step.bits, step.group) if isinstance(step, Rounded) else made.weight_bytes
         shares = size / original.weight_bytes, compute(made) / compute(original)
         found = Trial(kind.name(), options, kind.serves, *shares, losses, round(time.monotonic() - began, 1))
@@ -197,11 +201,9 @@ def _advice(original: Checkpoint, trials: tuple[Trial, ...], source: str) -> Adv
 
 def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balance: float, source: str) -> list[str]:
     measured = [each for each in trials if each.refused is None]
-    smaller = sorted(
-        (each for each in measured if each.serves == "memory" and each.bytes < 1 and each.name != "vocabulary"),
-        key=lambda each: each.loss,  # that of a cut vocabulary is over the kept tokens, and so of another kind
-    )
-    faster = sorted((each for each in measured if each.compute < 1), key=lambda each: each.loss / (1 - each.compute))
+    alike = [each for each in measured if LONGER not in each.losses]  # a loss over the kept tokens is of another kind
+    smaller = sorted((each for each in alike if each.serves == "memory" and each.bytes < 1), key=lambda each: each.loss)
+    faster = sorted((each for each in alike if each.compute < 1), key=lambda each: each.loss / (1 - each.compute))
     found = [
         f"This machine reads a float32 weight in the time of {balance:.0f} multiplications with it: what fewer than "
         f"about {balance:.0f} rows together compute (decoding for few clients) follows the bytes of the weights, "
@@ -216,9 +218,12 @@ def _words(original: Checkpoint, trials: tuple[Trial, ...], tables: float, balan
         best = faster[0]
         found.append(f"Computing: {best.label} saves {1 - best.compute:.0%} of it at a loss of {best.loss:.2g}, the "
                      "least for what it saves.")  # fmt: skip
+    for cut in (each for each in measured if LONGER in each.losses):
+        found.append(f"Vocabulary: {cut.label} leaves {cut.bytes:.0%} of the bytes and {cut.compute:.0%} of the "
+                     f"computing. Text takes {cut.losses[LONGER]:.3f} times the bits a byte, and more tokens; the "
+                     "other losses are over the tokens that stay.")  # fmt: skip
     if tables >= DOMINATES:
-        found.append(f"Embedding and head are {tables:.0%} of the weights: cut the vocabulary to what your text needs. "
-                     "A loss of that is over the tokens that stay; text in others becomes longer.")  # fmt: skip
+        found.append(f"Embedding and head are {tables:.0%} of the weights: cut the vocabulary to what your text needs.")
     found.append("Zeros alone (magnitude, wanda) save neither bytes nor time in the runtimes here.")
     first = smaller[0] if smaller else faster[0] if faster else None
     if first is not None:
