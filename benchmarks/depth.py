@@ -96,7 +96,7 @@ def speeds(original: Checkpoint, work: Path, repeats: int) -> str:
     for share in (0.9, 0.8):
         options = {"mlp": share, "importance": "random", "update": False}
         arms[f"mlp {share}"] = cut(original, work / f"width {share}", "width", options)
-    rows = [HEADING, *(each.cells() for each in compared(arms, work, repeats, ["openvino"], ["int8"]))]
+    rows = [HEADING, *(each.cells() for each in compared(arms, work, repeats, [("openvino", "int8")]))]
     return (
         f"{table(rows)}\n\nMedian (range) of {repeats} rounds, × against the whole model of the same round. {SAID} "
         "Which layers or channels are left out changes no speed."

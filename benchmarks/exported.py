@@ -30,16 +30,13 @@ class Speed:
     decode: float
 
 
-def export(checkpoint: Checkpoint, folder: Path, target: str, precision: str) -> Path:
-    """The runtime folder of `checkpoint` for `target`, at `fp32` or `int8`, no gates."""
+def finished(plain: Path, folder: Path, target: str, precision: str) -> Path:
+    """The runtime folder at `fp32` or `int8` of what is exported in `plain`, no gates."""
     module, asked = find("targets", target), Precision(name=precision)
-    plain = folder / "plain"
-    module.export(checkpoint, plain, "float32")
     made = plain
     if precision != "fp32":
-        made = folder / precision
+        made = folder
         module.quantise(plain, made, asked)
-        shutil.rmtree(plain)
     module.finish(made, asked)
     return made
 
@@ -86,16 +83,24 @@ HEADING = ["", "", "MB", "prefill, tokens/s", "×", "decode, tokens/s", "×"]
 SAID = f"{PROMPT} prompt tokens, {NEW - 1} timed new ones, one request at a time."
 
 
+OPENVINO = (("openvino", "fp32"), ("openvino", "int8"))
+RUNTIMES = (*OPENVINO, ("onnx", "int8"))
+
+
 def compared(
-    arms: Mapping[str, Checkpoint], work: Path, count: int, targets: Sequence[str] = ("openvino", "onnx"),
-    precisions: Sequence[str] = ("fp32", "int8"),
-) -> Iterator[Timed]:  # fmt: skip
-    """Every arm in every runtime, against the first arm in the same round."""
+    arms: Mapping[str, Checkpoint], work: Path, count: int, runtimes: Sequence[tuple[str, str]] = RUNTIMES
+) -> Iterator[Timed]:
+    """Every arm in every runtime (target, precision), against the first arm in the same round."""
     first = next(iter(arms))
-    for target in targets:
-        for precision in precisions:
-            folders = {label: export(each, work / "runtime" / label, target, precision) for label, each in arms.items()}
+    for target in dict.fromkeys(name for name, _ in runtimes):
+        plain = {label: work / "plain" / label for label in arms}
+        for label, each in arms.items():
+            find("targets", target).export(each, plain[label], "float32")
+        for precision in (precision for name, precision in runtimes if name == target):
+            made = work / "runtime"
+            folders = {label: finished(plain[label], made / label, target, precision) for label in arms}
             found = rounds(folders, target, count)
             for label, speeds in found.items():
                 yield Timed(f"{target} {precision}", label, artefact_bytes(folders[label]), speeds, found[first])
-            shutil.rmtree(work / "runtime")
+            shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(work / "plain")

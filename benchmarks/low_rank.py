@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models
-from benchmarks.exported import HEADING, SAID, compared
+from benchmarks.exported import HEADING, OPENVINO, SAID, compared
 from benchmarks.losses import CHUNKS, SEEDS, Loss, calibration, measure, record_original, shown
 from benchmarks.page import DOCS, put, section, spread, table
 from lightship.checkpoint import Checkpoint, save
@@ -146,7 +146,7 @@ def latency(work: Path, repeats: int) -> str:
     """Ratios to the whole model in the same process, every arm in turn."""
     original = models.demo(work / "demo")
     cut = {f"{share:.0%} of each layer": cut_evenly(original, share, work / f"cut-{share}") for share in SHARES}
-    rows = [HEADING, *(each.cells() for each in compared({"whole": original, **cut}, work, repeats, ["openvino"]))]
+    rows = [HEADING, *(each.cells() for each in compared({"whole": original, **cut}, work, repeats, OPENVINO))]
     return f"{table(rows)}\n\nMedian (range) of {repeats} rounds, × against the whole model of the same round. {SAID}"
 
 

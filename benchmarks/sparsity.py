@@ -21,7 +21,7 @@ PAGE = DOCS / "compression.md"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 PATTERNS = ("2:4", "4:8")
 ZEROS = (0.5, 0.9)
-ROUNDS = 5
+ROUNDS = 3
 CHUNKS = 12
 
 

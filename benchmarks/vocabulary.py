@@ -34,7 +34,7 @@ PAGE = DOCS / "compression.md"
 ARMS: dict[str, dict[str, Any]] = {"half": {"keep": 0.5}, "what the corpus needs": {}}
 CHUNKS = 12
 DOCUMENTS, CHARACTERS = 40, 1500
-ROUNDS = 5
+ROUNDS = 3
 LOST = ["", "tokens", "bytes on disk", "KLD over kept tokens", "probability of dropped tokens",
            "held-out text: tokens ×", "bits per byte"]  # fmt: skip
 
