@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models
-from benchmarks.exported import HEADING, SAID, compared
+from benchmarks.exported import HEADING, OPENVINO, SAID, compared
 from benchmarks.page import DOCS, put, section, spread, table
 from lightship.calibration import default_text
 from lightship.checkpoint import Checkpoint
@@ -139,7 +139,7 @@ def speed(work: Path) -> None:
     original = models.demo(work / "demo")
     made = {"original": original, **{name: cut(original, work, name) for name in ARMS}}
     rows = [[*HEADING, "ms a step saved"]]
-    for each in compared(made, work, ROUNDS):
+    for each in compared(made, work, ROUNDS, OPENVINO):
         saved = [1e3 / base.decode - 1e3 / one.decode for one, base in zip(each.speeds, each.base, strict=True)]
         rows.append([*each.cells(), spread(saved)])
     said = f"Median (lowest – highest) of {ROUNDS} rounds; × is against the original in the same round. {SAID}"
