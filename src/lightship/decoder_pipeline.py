@@ -346,13 +346,17 @@ def _scored(recipe: Recipe, source: Source, runtimes: Mapping[str, Path], folder
     bits = loss.original_bits(recipe, source.original, original)
     del original
     gc.collect()
-    found = {}
-    for name, runtime in runtimes.items():
-        compared = divergence.compare(scoring, find("targets", name).open_scorer(runtime))
-        gc.collect()
-        found[name] = perplexity.quality(compared, text_bytes, source.texts.scored, bits)
+    found = {name: _quality(name, each, scoring, text_bytes, source.texts, bits) for name, each in runtimes.items()}
     shutil.rmtree(folder)
     return found
+
+
+def _quality(
+    name: str, runtime: Path, scoring: Reference, text_bytes: float | None, texts: Texts | PairTexts, bits: float | None
+) -> list[Metric]:
+    found = divergence.compare(scoring, find("targets", name).open_scorer(runtime))
+    gc.collect()
+    return perplexity.quality(found, text_bytes, texts.scored, bits)
 
 
 def _golden_cases(
