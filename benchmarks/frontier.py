@@ -14,7 +14,6 @@ STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#333}.grid{stroke:#8884;stroke-width:1}"
     "polyline{fill:none;stroke-width:2}.fit{stroke:#0a7;fill:#0a7}.nearest{stroke:#c63;fill:#c63}"
     ".nncf{stroke:#86b;fill:#86b}.int8{stroke:#47c;fill:#47c}polyline.fit,polyline.nearest{fill:none}"
-    "text.fit,text.nearest,text.nncf,text.int8{stroke:none}"
     "@media(prefers-color-scheme:dark){text{fill:#ccc}}"
 )
 # Class → what the legend calls it, and the beginning of the labels of its rows.

@@ -32,6 +32,7 @@ from lightship.structure import replace_module
 
 PAGE = DOCS / "compression.md"
 KEEPS = (0.9, 0.8)
+EMBEDDINGS = (0.9, 0.8, 0.5)
 SHARES = (1.1, 0.95, 0.8, 0.5)
 MEASURED: dict[int, tuple[Moments, Moments]] = {}  # by seed: the arms of one seed read the same text
 
@@ -72,9 +73,6 @@ ARMS: dict[str, Callable[[float], Svd]] = {
     "plain, the same share": lambda keep: Arm(keep=keep, method="plain", allocation="uniform"),
     "fisher, ranks shuffled": lambda keep: Shuffled(keep=keep),
 }
-
-
-EMBEDDINGS = (0.9, 0.8, 0.5)
 
 
 def embedding(work: Path, seeds: int, chunks: int) -> str:
