@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest.mock import ANY
 
 import httpx
@@ -28,8 +28,9 @@ from tests.serving.test_protocol import byte_tokenizer
 
 @dataclass
 class Script:
-    """Says one byte a turn for each request; dies on the `deaths`-th requests after `after` tokens."""
+    """Says `together` bytes a turn for each request; dies on the `deaths`-th requests after `after` tokens."""
 
+    together: int = 1
     deaths: tuple[int, ...] = ()
     after: int = 0
     recovers: bool = True
@@ -42,12 +43,18 @@ class Script:
         number = len(self.asked)
         self.running += 1
         try:
-            for place in range(params.max_tokens):
+            for place in range(0, params.max_tokens, self.together):
                 await asyncio.sleep(0)
                 if number in self.deaths and place == self.after:
                     raise EngineDied("dead")
-                last = place == params.max_tokens - 1
-                yield Event(1, ((tokens[-1] + 1 + place) % 256,), (-1.0,), "length" if last else None)
+                end = min(place + self.together, params.max_tokens)
+                said = tuple((tokens[-1] + 1 + each) % 256 for each in range(place, end))
+                yield Event(
+                    1,
+                    said,
+                    tuple(-1.0 - each for each in range(place, end)),
+                    "length" if end == params.max_tokens else None,
+                )
         finally:
             self.running -= 1
 
@@ -80,6 +87,20 @@ def test_choices_lie_prompt_by_prompt_and_the_first_keeps_the_seed(model):
     ]  # fmt: skip
     assert [params.seed for params in engine.asked] == [5, choice_seed(5, 1)] * 2
     assert asked.usage() == {"prompt_tokens": 2, "completion_tokens": 12, "total_tokens": 14}
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    ("stop", "text", "counted", "finish"), [("de", "bc", 4, "stop"), ("zz", "bcdefghi", 8, "length")]
+)
+def test_what_is_computed_after_the_end_is_not_counted(model, together, stop, text, counted, finish):
+    """However many tokens came together, as they do from an engine that is faster than its reader, or that drafts."""
+    asked = generation(Script(together=together), model, tokens=8)
+    asked.stops, asked.params = [stop], [replace(asked.params[0], logprobs=True)]
+    (piece,) = asyncio.run(asked.whole())
+    assert (piece.text, piece.finish, piece.produced) == (text, finish, counted)
+    assert asked.usage()["completion_tokens"] == counted
+    assert [token.logprob for token in piece.tokens] == [-1.0 - each for each in range(len(text))]
 
 
 def test_seeds_of_choices_differ_and_stay():

@@ -80,7 +80,7 @@ class Generation:
     stops: Sequence[str] = ()
     calling: Calling | None = None
     ticket: Ticket | None = None
-    produced: int = 0  # tokens computed for the answer, the end-of-text token not counted
+    produced: int = 0  # tokens of the answer, the end-of-text token and what came after its end not counted
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -157,18 +157,29 @@ class Generation:
         watched = generated if self.ticket is None else self.ticket.watch(generated)
         async with contextlib.aclosing(watched) as events:
             async for event in events:
-                new = text.push(event.token_ids)
-                if shown is not None:
-                    shown.push(event.token_ids, event.logprobs)
-                tokens = shown.take(new, cut=text.stopped) if shown else ()
-                if text.stopped:
-                    yield Piece(index, new, tokens, len(event.token_ids), "stop")
-                    return
-                yield Piece(index, new, tokens, len(event.token_ids))
+                for part in self._parts(event):
+                    new = text.push(part.token_ids)
+                    if shown is not None:
+                        shown.push(part.token_ids, part.logprobs)
+                    tokens = shown.take(new, cut=text.stopped) if shown else ()
+                    if text.stopped:
+                        yield Piece(index, new, tokens, len(part.token_ids), "stop")
+                        return
+                    yield Piece(index, new, tokens, len(part.token_ids))
                 finish = event.finish_reason or finish
         rest = text.finish()
         tokens = shown.take(rest, ended=True, cut=text.stopped) if shown else ()
         yield Piece(index, rest, tokens, 0, "stop" if text.stopped else finish)
+
+    def _parts(self, event: Event) -> Sequence[Event]:
+        """`event` a token at a time where the text may end the answer: what was computed after that is not counted, so
+        that the usage does not depend on how many tokens came together."""
+        if len(event.token_ids) < 2 or not (self.stops or self.calling):
+            return [event]
+        return [
+            replace(event, token_ids=(token,), logprobs=event.logprobs[place : place + 1])
+            for place, token in enumerate(event.token_ids)
+        ]
 
     def usage(self) -> JSON:
         """Token counts of the whole request; a prompt counts once however many choices it has."""
