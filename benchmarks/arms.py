@@ -62,6 +62,11 @@ def masked(isa: str | None) -> str:
     return f" --isa {isa}"
 
 
+def arithmetic(isa: str | None) -> str:
+    """What a bundle must be shipped to compute in, so that it loads under the mask `isa`: see docs/benchmarks.md."""
+    return "f32" if isa == "AVX2" else "auto"
+
+
 def tuned(bundle: Bundle) -> tuple[EngineSettings, str]:
     """The settings that `lightship serve` will take from the file beside the bundle, and what to say of them."""
     found = tuning.choose(bundle.folder, bundle.digest, bundle.targets, None, None)

@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,6 +83,12 @@ class Run:
         """The share of requests that kept both limits."""
         pairs = zip(self.ttft, self.tpot, strict=True)
         return sum(a is not None and a <= ttft and b is not None and b <= tpot for a, b in pairs) / len(self.ttft)
+
+    @staticmethod
+    def joined(runs: Sequence[Run]) -> Run:
+        """All requests of several runs."""
+        tokens, seconds = sum(run.tokens for run in runs), sum(run.seconds for run in runs)
+        return Run(tokens, seconds, [t for run in runs for t in run.ttft], [t for run in runs for t in run.tpot])
 
     @staticmethod
     def of(run: loop.Run) -> Run:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +34,13 @@ def section(name: str, path: Path = FIGURES) -> str:
 
 
 def circumstances(name: str) -> str:
-    """Command, day, machine and versions, as one paragraph."""
+    """The command as it was given, day, machine and versions, as one paragraph."""
     here = machine()
+    command = shlex.join(["python", "-m", f"benchmarks.{name.split()[0]}", *sys.argv[1:]])
     known = ", ".join(f"{package} {version}" for package, version in sorted(versions().items()))
     cores = f"{here['cores']} core{'s' * (here['cores'] != 1)}"
     return (
-        f"`python -m benchmarks.{name}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {cores} "
+        f"`{command}`, {datetime.now(UTC):%Y-%m-%d}; {here['cpu']}, {cores} "
         f"({', '.join(here['features'])}), Python {platform.python_version()}; {known}."
     )
 

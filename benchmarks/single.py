@@ -25,6 +25,7 @@ from benchmarks.page import put, section, spread, table
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
 from lightship.machine import machine, memory_bandwidth
+from lightship.search.settings import Failed
 
 IN, OUT = 200, 64  # tokens
 Arm = Callable[[], float]  # gives tokens a second
@@ -41,7 +42,10 @@ def ours(bundle: Bundle, settings: EngineSettings) -> Arm:
                  "ignore_eos": True}  # fmt: skip
         done = subprocess.run([sys.executable, "-m", "lightship.evaluation.load_probe"], input=json.dumps(order),
                               text=True, check=True, stdout=subprocess.PIPE)  # fmt: skip
-        return 1 / float(np.median(json.loads(done.stdout.splitlines()[-1])["tpot"]))
+        found = json.loads(done.stdout.splitlines()[-1])
+        if "failed" in found:
+            raise Failed(found["failed"].splitlines()[0])
+        return 1 / float(np.median(found["tpot"]))
 
     return run
 
@@ -102,7 +106,12 @@ def main() -> None:
     for repeat in range(asked.repeats):
         bandwidth.append(max(read_bandwidth(), memory_bandwidth()))
         for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
-            speeds[name].append(arms[name][0]())
+            try:
+                speeds[name].append(arms[name][0]())
+            except Failed as error:
+                missing += f" {name}: {error}."
+                del arms[name]
+                continue
             print(name, f"{speeds[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
     rows = [["", "weights, GB", "tokens/s", "GB/s", "share of the bandwidth"]]
     for name, (_, size) in arms.items():
