@@ -161,7 +161,8 @@ def main() -> None:
     put(
         name,
         f"{table(rows)}\n\n{asked.rounds * asked.requests} requests at each rate; limits TTFT ≤ {asked.ttft:g} s, "
-        f"TPOT ≤ {1000 * asked.tpot:.0f} ms for {SHARE:.0%} of them. Highest rate that held, requests/s: {'; '.join(said)}.",
+        f"TPOT ≤ {1000 * asked.tpot:.0f} ms for {SHARE:.0%} of them. Highest rate that held, requests/s: "
+        f"{'; '.join(said)}.",
     )
 
 
