@@ -221,12 +221,14 @@ def test_what_was_tuned_without_does_not_hold_with_one(bundle, draft):
 
 
 def test_a_draft_is_tried_where_there_is_one_and_never_with_lookup(bundle):
-    best = START.with_(prompt_lookup=5)
-    for drafted, expected in ((False, set()), (True, {3, 5, 8})):
-        found = [each.settings for dimension in dimensions(bundle, LOAD, drafted) for each in dimension(best)]
-        proposing = [settings for settings in found if settings.draft_tokens]
-        assert {settings.draft_tokens for settings in proposing} == expected
-        assert not any(settings.prompt_lookup for settings in proposing)
+    copying = LOAD.model_copy(update={"task": "copy"})
+    for best in (START.with_(prompt_lookup=5), START.with_(draft_tokens=8)):
+        for drafted, expected in ((False, set()), (True, {3, 5, 8})):
+            tried = [dimension(best) for dimension in dimensions(bundle, copying, drafted)]
+            proposing = [each.settings for found in tried for each in found if each.settings != best.settings]
+            counts = {settings.draft_tokens for settings in proposing if not settings.prompt_lookup}
+            assert counts - {best.settings.draft_tokens, 0} == expected - {best.settings.draft_tokens}
+            assert not any(settings.prompt_lookup and settings.draft_tokens for settings in proposing)
     order = [dimension(START) for dimension in dimensions(bundle, LOAD, drafted=True)]
     names = [next(iter(dict(each[0].settings).items() - dict(Chosen()).items()))[0] if each else "" for each in order]
     assert names.index("draft_tokens") > names.index("kv_precision")

@@ -1,6 +1,7 @@
 """`tune` on the tiny bundle: real engines in processes of their own, real golden rows, and what `serve` makes of it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from lightship.engine import EngineSettings
 from lightship.errors import LimitExceeded, UnsupportedError, UsageError
 from lightship.find import find
 from lightship.search.settings import Candidate, Failed
+from lightship.serving.placement import Place
 from lightship.serving.server import Serving, running
 from lightship.serving.settings import ServeSettings
 from lightship.serving.tuned import facts, with_tuned
@@ -278,8 +280,26 @@ def test_tuned_settings_do_not_share_the_prefix_cache_between_keys(bundle, tmp_p
 
 def test_tuned_threads_are_for_one_engine(bundle):
     put(bundle, settings=Chosen(threads=1, max_num_seqs=8))
-    one, two = (with_tuned(bundle.folder, ServeSettings(), lambda line: None, engines) for engines in (1, 2))
+    places = [Place(frozenset({0}), 1), Place(frozenset({1}), 1)]
+    one, two = (with_tuned(bundle.folder, ServeSettings(), lambda line: None, each) for each in (places[:1], places))
     assert (one.engine.threads, two.engine.threads, two.engine.max_num_seqs) == (1, None, 8)
+
+
+def test_tuned_threads_go_before_those_of_a_quota(bundle, monkeypatch):
+    """And what is measured as the defaults has the threads that a server has by default."""
+    monkeypatch.setattr("lightship.serving.placement.cpu_quota", lambda: 3.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for tuned, threads in ((2, 2), (None, 3)):
+        put(bundle, settings=Chosen(threads=tuned, max_num_seqs=8))
+        with Serving(ServeSettings(keys=None), "127.0.0.1", 0) as serving:
+            chosen = serving.chosen(bundle.folder, lambda line: None)
+        assert (chosen.engine.threads, chosen.engine.max_num_seqs) == (threads, 8)
+    orders = []
+    monkeypatch.setattr(subprocess, "run", lambda command, input, **options: orders.append(json.loads(input)) or 1 / 0)
+    for given, threads in ((None, 3), (2, 2)):
+        with pytest.raises(ZeroDivisionError):
+            Processes(bundle, LOAD, 1.0, 1e9, 1.0).judge(Candidate("openvino", Chosen(threads=given)))
+        assert orders[-1]["settings"]["threads"] == threads
 
 
 def test_the_card_shows_what_was_measured_here(bundle):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "tags"]
+MAX_CONCURRENT = 64  # sequences that a server lets an engine compute together, unless it is told otherwise
 
 
 @dataclass(frozen=True)

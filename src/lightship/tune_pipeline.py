@@ -21,12 +21,13 @@ from lightship import tuning
 from lightship.bundle import Bundle
 from lightship.checkpoint import context_length, read_json
 from lightship.draft import TARGET, check_draft
-from lightship.engine import EngineSettings
+from lightship.engine import MAX_CONCURRENT, EngineSettings
 from lightship.errors import EngineError, LimitExceeded, UnsupportedError, UsageError
 from lightship.evaluation import workload
 from lightship.find import find
 from lightship.machine import cpu_quota, machine
 from lightship.search.settings import FINAL_SHARE, Candidate, Dimension, Failed, Judgement, Search
+from lightship.serving.placement import places
 from lightship.tuning import Chosen, Entry, Figures, Row, Workload
 
 SECONDS = 8.0  # that a run should take at least, so that noise does not decide
@@ -141,7 +142,8 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
         return [best.with_(max_batched_tokens=size) for size in sizes]
 
     def sequences(best: Candidate) -> list[Candidate]:
-        return [best.with_(max_num_seqs=load.clients // 2)] if load.clients >= 4 else []
+        together = min(load.clients, MAX_CONCURRENT)
+        return [best.with_(max_num_seqs=together // 2)] if together >= 4 else []
 
     def threads(best: Candidate) -> list[Candidate]:
         counts = dict.fromkeys(count for count in (cores - 1, cores // 2) if count >= 1)
@@ -152,7 +154,7 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
 
     def lookup(best: Candidate) -> list[Candidate]:
         # Greedy answers to plain text go in circles, in which lookup shines and users do not: only tasks that copy.
-        return [best.with_(prompt_lookup=count) for count in (5, 10, 2)] if load.task == "copy" else []
+        return [best.with_(prompt_lookup=count, draft_tokens=0) for count in (5, 10, 2)] if load.task == "copy" else []
 
     def draft(best: Candidate) -> list[Candidate]:
         return [best.with_(draft_tokens=count, prompt_lookup=0) for count in (3, 5, 8)] if drafted else []
@@ -274,6 +276,7 @@ class Processes:
 
     def _child(self, candidate: Candidate, order: dict[str, Any]) -> dict[str, Any]:
         settings = candidate.settings.on(EngineSettings(kv_cache_gb=self.workload.kv_cache_gb))
+        settings = replace(settings, threads=settings.threads or places()[0].threads)  # of a quota, as `serve` has them
         if self.draft is not None and settings.draft_tokens:
             settings = replace(settings, draft=str(self.draft.target_folder(TARGET)))
         folder = self.bundle.target_folder(candidate.target)

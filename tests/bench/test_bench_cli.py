@@ -120,9 +120,11 @@ def test_a_trace(url, tmp_path):
             {"at": 0.2, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}]  # fmt: skip
     trace.write_text("\n".join(map(json.dumps, rows)))
     found = json.loads(bench(url, "--trace", trace, "--json").stdout)
-    assert found["outcomes"] == {"whole": 3}
+    assert found["outcomes"] == {"whole": 3} and found["seed"] is None  # nothing was left to chance
     found = json.loads(bench(url, "--trace", trace, "--sweep", "--requests", "5", "--json").stdout)
     assert [step["requests"] for step in found["steps"]] == [5] * len(found["steps"]) and found["seed"] is not None
+    trace.write_text("\n".join(json.dumps({"prompt": each, "max_tokens": 2}) for each in "abc"))
+    assert json.loads(bench(url, "--trace", trace, "--rate", "20", "--json").stdout)["seed"] is not None
     trace.write_text('{"prompt": "a"}\n{"prompt": 5}')
     refused(url, "--trace", trace, says=["trace.jsonl:2", "token ids"])
 

@@ -49,6 +49,14 @@ def test_bounds():
     assert poisson(10, 0, warmup=3, count=20, seconds=1000).times == poisson(10, 0, warmup=3, count=20).times
 
 
+def test_one_request_comes_however_late():
+    """Where a sweep would otherwise end without it."""
+    (late,) = poisson(0.1, 0, seconds=0.001, one=True).times
+    assert late == poisson(0.1, 0, count=1).times[0] > 0.001
+    assert poisson(0.1, 0, warmup=2, seconds=0.001, one=True).times == poisson(0.1, 0, count=3).times
+    assert poisson(10, 0, seconds=5, one=True) == poisson(10, 0, seconds=5)
+
+
 def test_a_schedule_needs_an_end_and_a_request():
     with pytest.raises(UsageError):
         poisson(1, 0)

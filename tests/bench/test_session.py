@@ -7,6 +7,7 @@ import pytest
 
 from lightship.bench.figures import Limit
 from lightship.bench.session import Session, Settings, find_knee, measure
+from lightship.bench.trace import read_trace
 from lightship.errors import EngineError, UsageError
 from tests.bench.scripted import Plan, Scripted, virtually
 from tests.tiny import tiny_tokenizer
@@ -168,6 +169,16 @@ def test_a_trace_without_times_runs_in_either_loop(tmp_path):
     for load in ({"clients": 2}, {"rate": 3.0}):
         found, _, log, _ = measured(Scripted, probes=1, trace=path, **load)
         assert found.requests == 6 and sorted(each.body["prompt"] for each in log) == list("012345")
+    for warmup in (6, 7):
+        with pytest.raises(UsageError, match=f"6 requests, and the first {warmup} are not measured"):
+            measured(Scripted, probes=1, trace=path, rate=3.0, warmup=warmup)
+
+
+def test_separators_of_unicode_do_not_end_a_line_of_a_trace(tmp_path):
+    texts = ["a\u2028b", "c\u2029d", "e\x85f"]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\r\n".join(json.dumps({"prompt": each}, ensure_ascii=False) for each in texts), encoding="utf-8")
+    assert [line.content for line in read_trace(path).lines] == texts
 
 
 def test_settings_that_do_not_go_together(tmp_path):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from lightship.engine import FakeEngine
+from lightship.engine import MAX_CONCURRENT, FakeEngine
 from lightship.errors import EngineError, LimitExceeded
 from lightship.evaluation import load, workload
 from lightship.evaluation.replay import replay_served
+from lightship.serving.settings import ServeSettings
 
 
 def test_all_clients_ask_and_all_is_counted():
@@ -35,6 +36,12 @@ def test_as_many_run_as_there_are_clients():
     engine = Watched()
     load.run(engine, [[1]] * 9, clients=3, new_tokens=5)
     assert engine.most == 3
+
+
+def test_no_more_run_than_a_server_lets_in():
+    engine = Watched()
+    load.run(engine, [[1]] * 300, clients=100, new_tokens=5)
+    assert engine.most == MAX_CONCURRENT == ServeSettings().max_concurrent
 
 
 def test_no_more_run_than_the_cache_has_room_for():

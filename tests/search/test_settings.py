@@ -76,6 +76,30 @@ def test_settings_that_break_the_limit_never_win():
     assert sum(candidate.settings.kv_precision == "u4" for candidate in trials.runs) == 1  # nor is it run again
 
 
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_who_fails_in_one_of_the_final_runs_does_not_win(place):
+    """However fast it was in the others: a server would meet it too."""
+    twos = iter(range(9))
+
+    def speed(settings):
+        if settings.threads == 2:
+            return Failed("died") if next(twos) == place else 140
+        return 130 if settings.threads == 3 else 100
+
+    found = search(trials := Invented(speed), threads(2, 3))
+    winner, _ = found.run()
+    row = found.rows[START.with_(threads=2)]
+    assert winner.settings.threads == 3 and winner.verdict == "winner: 1.30× the defaults"
+    assert row.verdict == "failed: died" and row.final is None and row.kld == 0.001
+    assert trials.runs.count(START.with_(threads=2)) == 1 + place  # it is not run again
+
+
+def test_defaults_that_fail_in_a_final_run_cannot_be_measured():
+    speeds = iter([100, 150, 100, 150, Failed("died"), 150, 150])
+    with pytest.raises(Failed, match="failed: died"):
+        search(Invented(lambda s: next(speeds)), threads(2)).run()
+
+
 def test_the_winner_is_judged_with_exactly_its_settings():
     trials = Invented(lambda s: 100 + (s.threads or 0) * 50 + s.max_batched_tokens)
     winner, _ = search(trials, threads(2), batched(4096)).run()

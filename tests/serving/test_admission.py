@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 
-from lightship.errors import Overloaded, RequestError, Timeout, UsageError
+from lightship.errors import EngineDied, Overloaded, RequestError, Timeout, UsageError
 from lightship.serving.admission import Admission
 from lightship.serving.ticket import Demand, Limits
 from tests.serving.virtual import asking, blocks, demand, is_empty, settled, virtual, virtually
@@ -38,6 +38,46 @@ async def test_what_never_fits_is_refused_with_its_numbers(clock):
     assert caught.value.http_status == 400 and caught.value.param == "n"
     (await admission.enter(demand("a", 100, 220))).close()
     assert is_empty(admission)
+
+
+@virtual
+async def test_nobody_is_let_in_before_the_engine_is_known(clock):
+    """Who asks for more than it turns out to have hears so then; the others go by what it has."""
+    seen = []
+    admission = Admission(Limits(blocks=10**9), clock=clock, begun=False)
+    admission._reject = seen.append
+    large, first, second = (asking(admission, prompt=each) for each in (700, 128, 320))
+    await settled()
+    assert admission.snapshot().waiting == 3 and admission.snapshot().running == 0
+    admission.begin(Limits(blocks=40, block_tokens=16))
+    await settled()
+    with pytest.raises(RequestError, match=r"700 prompt tokens .* 40 blocks of 16"):
+        await large
+    assert seen == ["too_large"]
+    ends = await first, await second
+    assert [ticket.blocks for ticket in ends] == [8, 20]
+    third = asking(admission, prompt=320)
+    await settled()
+    assert not third.done()
+    for ticket in ends:
+        ticket.close()
+    (await third).close()
+    assert is_empty(admission)
+
+
+@virtual
+async def test_who_waits_for_an_engine_that_never_comes_hears_so(clock):
+    admission = Admission(Limits(blocks=10**9), clock=clock, begun=False)
+    both = [asking(admission, key=key, tokens_per_minute=100, prompt=60) for key in "ab"]
+    await settled()
+    admission.end(EngineDied("it cannot be loaded"))
+    for each in both:
+        with pytest.raises(EngineDied, match="cannot be loaded"):
+            await each
+    assert clock() == 0 and is_empty(admission)
+    again = asking(admission, key="a", tokens_per_minute=100, prompt=60)  # it cost nothing
+    admission.begin(Limits(blocks=10))
+    (await again).close()
 
 
 @virtual

@@ -314,7 +314,7 @@ def test_it_is_ready_when_all_are_loaded_and_not_before(tmp_path):
             await starting
             assert fleet.ready and not early.done()
             learn(admission, {"blocks": 10, "block_tokens": 16})
-            assert (await early).blocks == 2 and admission.snapshot().blocks == 20
+            assert (await early).blocks == 4 and admission.snapshot().blocks == 20
         finally:
             await fleet.close()
 

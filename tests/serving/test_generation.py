@@ -15,15 +15,18 @@ import pytest
 import uvicorn
 
 from lightship.engine import EngineSettings, Event, GenerationParams
-from lightship.errors import EngineDied, EngineError
+from lightship.errors import EngineDied, EngineError, Timeout
 from lightship.serving import openai
+from lightship.serving.admission import Admission
 from lightship.serving.app import create_app
 from lightship.serving.connection import COMMENT, Stream, begun
 from lightship.serving.generation import Generation, choice_seed
 from lightship.serving.model import ServedModel
 from lightship.serving.server import bind, url_of, wait_ready
 from lightship.serving.supervisor import Supervisor
+from lightship.serving.ticket import Limits
 from tests.serving.test_protocol import byte_tokenizer
+from tests.serving.virtual import demand, virtually
 
 
 @dataclass
@@ -113,6 +116,23 @@ def test_seeds_of_choices_differ_and_stay():
 def test_pieces_of_choices_come_side_by_side(model):
     pieces = asyncio.run(collect(generation(Script(), model, n=3)))
     assert {piece.index for piece in pieces[:3]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_engine_is_waited_for_no_longer_than_the_request_may_take(model, whole):
+    class Away(Script):
+        async def recovered(self, timeout):
+            await asyncio.sleep(timeout)
+
+    async def main(clock):
+        asked = generation(Away(deaths=(1,)), model)
+        admission = Admission(Limits(blocks=10, first_token_deadline=10), clock=clock)
+        async with await admission.enter(demand("a", 1, 3)) as asked.ticket:
+            with pytest.raises(Timeout, match="first token"):
+                await (asked.whole() if whole else collect(asked))
+        return clock()
+
+    assert virtually(main) == 10
 
 
 @pytest.mark.parametrize("n", [1, 2])

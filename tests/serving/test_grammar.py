@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -274,6 +275,27 @@ def test_compiling_says_what_is_wrong_and_survives_what_is_monstrous(folder):
         return spent
 
     assert asyncio.run(run()) < 30
+
+
+def test_a_process_that_is_killed_says_nothing_of_the_grammar(folder):
+    """As the kernel kills when memory is short: that is no fault of the client, and is not remembered."""
+
+    async def run():
+        grammars = Grammars("openvino", folder)
+        await grammars.check(GOOD, "x")
+        asked = asyncio.create_task(grammars.check(COSTLY, "x"))
+        await asyncio.sleep(0.3)
+        os.kill(grammars._child.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied, match="could not be checked: it ended"):
+            await asked
+        with pytest.raises(RequestError, match="too costly"):
+            await grammars.check(COSTLY, "x")
+        grammars._child._command[0] = "/nonexistent"
+        with pytest.raises(EngineDied, match="could not be started"):
+            await grammars.check(Grammar("ebnf", 'root ::= "d"'), "x")
+        await grammars.close()
+
+    asyncio.run(run())
 
 
 def test_a_process_that_has_compiled_much_is_no_stricter(folder):

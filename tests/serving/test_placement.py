@@ -67,6 +67,13 @@ def test_a_number_of_engines_gets_equal_parts_that_split_no_core(tmp_path):
         places(3, usable=range(8), quota=2, system=system)
 
 
+def test_sets_of_different_sizes_have_a_thread_for_each_core_unless_a_quota_binds():
+    for quota, threads in ((64, [12, 4]), (8, [4, 4])):
+        found = places(1, ("0-11", "12-15"), usable=range(16), quota=quota)
+        assert [place.threads for place in found] == threads
+    assert sum(place.threads for place in places(3, usable=range(8), quota=64)) == 8
+
+
 def test_given_sets_are_taken_as_they_are():
     found = places("auto", ("0-1,4", "2"), usable=range(8), quota=64)
     assert found == (Place(frozenset({0, 1, 4}), 3), Place(frozenset({2}), 1))
@@ -103,8 +110,11 @@ def test_a_quota_is_kept_by_all_that_a_server_computes_with(monkeypatch, tmp_pat
     for asked, threads in ((None, 1), (3, 3)):
         settings = ServeSettings(keys=None, engine=EngineSettings(threads=asked))
         with Serving(settings, "127.0.0.1", 0) as serving:
-            assert serving.settings.engine.threads == threads
-            assert serving.engine("fake")._settings.threads == threads
+            chosen = serving.chosen(fake_bundle(tmp_path / str(threads)).folder, str)
+            assert chosen.engine.threads == threads
+            assert (
+                serving.engine("fake", chosen)._settings.threads == threads == serving.engine("fake")._settings.threads
+            )
 
 
 def test_what_computes_beside_the_engines_takes_the_cores_they_leave():

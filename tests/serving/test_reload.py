@@ -27,6 +27,7 @@ from lightship.serving.keys import KeyFile
 from lightship.serving.reload import Reloader
 from lightship.serving.server import Serving, in_thread, running
 from lightship.serving.settings import ServeSettings
+from lightship.serving.supervisor import Care
 from tests.serving.door import model_folder, wait_for
 from tests.serving.test_api import worker_pids
 
@@ -174,6 +175,25 @@ def test_a_link_that_is_changed_changes_nothing_by_itself(first, tmp_path):
         link.unlink()
         back = httpx.post(f"{url}/admin/rollback", json={}, timeout=30)
         assert back.status_code == 200 and digest_of(url) == first.digest
+
+
+def test_another_bundle_in_the_same_place_is_not_loaded_before_it_is_verified(first, tmp_path):
+    """Shipped over the one that is served: neither an engine that is started again takes it, nor what begins later."""
+    care, other = Care(restarts=2, backoff=0.05, interval=0.05), fake_bundle(tmp_path / "other", slow=0.001)
+    before = set(worker_pids())
+    with running(first.folder, settings=ServeSettings(keys=None, care=care)) as url:
+        (pid,) = set(worker_pids()) - before
+        first.folder.rename(tmp_path / "away")
+        other.folder.rename(first.folder)
+        assert ask(url) == ALPHABET  # what is loaded goes on
+        scored = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 1}
+        refused = httpx.post(f"{url}/v1/completions", json=scored, timeout=60)
+        assert refused.status_code == 503 and "has changed since it was verified" in refused.text
+        os.kill(pid, signal.SIGKILL)
+        dead = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
+        assert dead.status_code == 503 and "has changed since it was verified" in dead.text
+        assert change(url, first.folder).status_code == 200 and digest_of(url) == other.digest
+        assert ask(url) == ALPHABET
 
 
 def test_what_a_key_has_used_is_known_to_the_next_bundle(first, tmp_path):

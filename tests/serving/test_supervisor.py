@@ -27,11 +27,14 @@ def test_a_killed_engine_ends_its_streams_and_another_serves(tmp_path, kind, cap
         async with supervised(tmp_path) as supervisor:
             first = supervisor.pid
             streams = [await running(supervisor) for _ in range(3)]
+            await until(lambda: supervisor.stats["running"] == 3 and supervisor.resident())
             os.kill(first, kind)
             for stream in streams:
                 with pytest.raises(EngineDied):
                     await drained(stream)
             assert not supervisor.ready and supervisor.live
+            assert supervisor.resident() is None and supervisor.stats.keys() >= {"vocabulary"}
+            assert not supervisor.stats.keys() & {"running", "waiting", "cache_usage"}  # these went with it
             await supervisor.recovered(10)
             assert supervisor.pid != first and supervisor.restarts == 1 and supervisor.failure is None
             assert await tokens(supervisor, 7) == [8, 9, 10, 11, 12]

@@ -55,6 +55,42 @@ async def test_waiting_for_an_engine_is_no_slow_reading(clock):
 
 
 @virtual
+async def test_what_an_engine_takes_with_it_does_not_count(clock):
+    """Another one has all of it to do again."""
+    admission = Admission(Limits(blocks=1000), clock=clock, prefill=100, decode=10)
+    spent = []
+    admission._rates.spend = lambda key, count: spent.append(count)
+
+    async def written(count):
+        await asyncio.sleep(0.9)  # and 0.1 s for the first token: 100 tokens read in a second
+        for _ in range(count):
+            await asyncio.sleep(0.1)
+            ticket.produced(1)
+
+    async with await admission.enter(demand("a", 100, 50)) as ticket:
+        ticket.begin()
+        await written(30)
+        left, served = admission._left(ticket), admission._served["a"]
+        assert left == pytest.approx(20 / 10)
+        ticket.begin()
+        assert ticket.tokens == 0 and ticket.reading and served - admission._served["a"] == 2 * 30
+        assert admission._left(ticket) == pytest.approx(100 / 100 + 50 / 10)
+        await written(50)
+        ticket.finish = "length"
+    assert ticket.tokens == 50 == sum(spent)
+
+
+@virtual
+async def test_what_generates_nothing_says_nothing_of_answers(clock):
+    admission = Admission(Limits(blocks=1000), clock=clock)
+    for output, usual in ((8, 4), (0, 4)):
+        async with await admission.enter(demand("a", 100, output)) as ticket:
+            ticket.produced(min(output, 4))
+            ticket.finish = "length"
+        assert admission._usual_output == usual
+
+
+@virtual
 async def test_who_reads_slowly_does_not_make_the_engine_look_slow(clock):
     """Ten tokens a second, of which the client takes one every ten seconds."""
 

@@ -22,9 +22,15 @@ class Schedule:
 
 
 def poisson(
-    rate: float, seed: int, warmup: int = 0, count: int | None = None, seconds: float | None = None
+    rate: float,
+    seed: int,
+    warmup: int = 0,
+    count: int | None = None,
+    seconds: float | None = None,
+    one: bool = False,
 ) -> Schedule:
-    """Arrivals at `rate` a second with exponential gaps: `warmup` first, then at most `count`, for at most `seconds`.
+    """Arrivals at `rate` a second with exponential gaps: `warmup` first, then at most `count`, for at most `seconds`;
+    with `one` until one was due, however late.
 
     The same seed gives the same times, scaled by the rate. Raises `UsageError` where no end is given, or nothing
     arrives in the time.
@@ -37,7 +43,7 @@ def poisson(
         if len(times) == warmup:
             opens = times[-1] if times else 0.0  # gaps have no memory: the measured part may begin anywhere
         measured = max(len(times) - warmup, 0)
-        past = seconds is not None and len(times) >= warmup and at >= opens + seconds
+        past = seconds is not None and len(times) >= warmup + one and at >= opens + seconds
         if measured == count or past or len(times) == MOST:
             break
         times.append(at)

@@ -231,8 +231,11 @@ class Session:
         if rate is not None:
             warmup = settings.warmup if settings.warmup is not None else (0 if self.trace else OPEN_WARMUP)
             most = None if source.count is None else source.count - warmup
+            if most is not None and most < 1:
+                raise UsageError(f"the trace has {source.count} requests, and the first {warmup} are not measured",
+                                 hint="give a smaller --warmup")  # fmt: skip
             ends = [each for each in (requests, most) if each is not None]
-            schedule = poisson(rate, settings.seed, warmup, min(ends, default=None), seconds)
+            schedule = poisson(rate, settings.seed, warmup, min(ends, default=None), seconds, one=self.sweep)
             return await open_loop(self.door, source, schedule, self.watch, settings.timeout, self._cut)
         clients = settings.clients or 1
         warmup = settings.warmup if settings.warmup is not None else (0 if self.trace else clients)

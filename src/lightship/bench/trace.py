@@ -80,7 +80,7 @@ def read_trace(path: Path) -> Trace:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    rows = [(number, row) for number, row in enumerate(text.splitlines(), 1) if row.strip()]
+    rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
     lines = [_line(row, f"{path}:{number}") for number, row in rows]
     if not lines:
         raise UsageError(f"{path} has no requests", hint='a line: {"at": 0.5, "prompt": "…", "max_tokens": 64}')

@@ -78,7 +78,8 @@ def command(
     from lightship.bench.view import watching
 
     settings, known = _settings(url, sweep, **given), _limits(limits, sweep)
-    seed = settings.seed if sweep or settings.trace is None else None
+    chance = sweep or settings.trace is None or settings.rate is not None  # arrivals, prompts or both
+    seed = settings.seed if chance else None
     kept = None if record is None else Record(record, known)
     cut: list[Any] = []  # what had been measured when Ctrl-C came
     found: Any = None

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightship.engine import Engine, GenerationParams
+from lightship.engine import MAX_CONCURRENT, Engine, GenerationParams
 from lightship.errors import EngineError
 
 
@@ -36,12 +36,12 @@ class _Request:
 
 
 def room(engine: Engine, length: int) -> int:
-    """How many requests of `length` tokens a server would let in at once: as many as fit into the KV cache. One that
-    tells no size takes all."""
+    """How many requests of `length` tokens a server lets in at once by default: as many as fit into the KV cache, where
+    the engine tells its size, and `MAX_CONCURRENT` at most."""
     stats = engine.stats()
     if not stats.get("blocks"):
-        return 2**31
-    return max(int(stats["blocks"]) // -(-length // int(stats["block_tokens"])), 1)
+        return MAX_CONCURRENT
+    return min(max(int(stats["blocks"]) // -(-length // int(stats["block_tokens"])), 1), MAX_CONCURRENT)
 
 
 def run(

@@ -186,22 +186,24 @@ class Search:
         entrants = [self.start, *itertools.islice(self._runners_up(best), 2)]
         runs: dict[Candidate, list[Figures]] = {candidate: [] for candidate in entrants}
         for turn in range(FINALS):
-            for candidate in entrants:
+            for candidate in list(runs):
                 if turn and self.trials.left() < self.trials.seconds():
                     continue
                 self._announce(len(self.dimensions) + 1, candidate, f"run {turn + 1} of {FINALS}: ")
                 try:
                     found = self.trials.load(candidate)
-                except Failed as error:
-                    self._put(candidate, f"failed: {error}"[:300], screening=self.rows[candidate].screening)
+                except Failed as error:  # once is enough: whoever serves with it would meet it too
+                    verdict = f"failed: {error}"[:300]
+                    self.rows[candidate] = self.rows[candidate].model_copy(update={"verdict": verdict})
+                    self.say(f"      {verdict}")
+                    del runs[candidate]
                     continue
                 assert found is not None
                 runs[candidate].append(found)
-        for candidate in entrants:
-            row, found_runs = self.rows[candidate], runs[candidate]
+        for candidate, found_runs in runs.items():
             if found_runs:
-                self.rows[candidate] = row.model_copy(update={"final": summed(found_runs)})
-        return self._decided(entrants, runs)
+                self.rows[candidate] = self.rows[candidate].model_copy(update={"final": summed(found_runs)})
+        return self._decided(runs)
 
     def _runners_up(self, best: Candidate) -> Iterator[Candidate]:
         """The best, then the others that were measured whole, the fastest first; only what is allowed."""
@@ -216,14 +218,19 @@ class Search:
         """Whether a candidate was better than the defaults in every turn, not by its median alone."""
         return all(self._better(one, other, 1.0) for one, other in zip(runs[candidate], runs[self.start], strict=False))
 
-    def _decided(self, entrants: Sequence[Candidate], runs: Mapping[Candidate, Sequence[Figures]]) -> tuple[Row, Row]:
+    def _decided(self, runs: Mapping[Candidate, Sequence[Figures]]) -> tuple[Row, Row]:
         base = self.rows[self.start]
         if base.final is None:
             raise Failed(base.verdict)
         winner, top = self.start, base.final
-        for candidate in entrants[1:]:
+        for candidate in runs:
             final = self.rows[candidate].final
-            if final is None or not self._better(final, base.final, SURE) or not self._each(runs, candidate):
+            if (
+                candidate == self.start
+                or final is None
+                or not self._better(final, base.final, SURE)
+                or not self._each(runs, candidate)
+            ):
                 continue
             if winner == self.start or self._better(final, top, 1.0):
                 winner, top = candidate, final

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from lightship.errors import Overloaded, RequestError, Timeout
+from lightship.errors import LightshipError, Overloaded, RequestError, Timeout
 from lightship.serving.rates import KeyRates, Speed
 from lightship.serving.ticket import Demand, Limits, Observer, Seats, Ticket, until
 
@@ -43,7 +43,7 @@ class _Waiting:
     demand: Demand
     blocks: int
     arrived: float
-    turn: asyncio.Future[Ticket | Overloaded]
+    turn: asyncio.Future[Ticket | LightshipError]
     overtaken: float | None = None  # when a later one first went before it
 
 
@@ -73,11 +73,13 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
         seats: Seats | None = None,
         rates: KeyRates | None = None,
+        begun: bool = True,
     ) -> None:
         """`prefill`, `decode`: tokens/s of one sequence to begin with, such as the bundle's report has them. `limits`
         are those of each engine: with several, `seats` finds each request one; the queue is one. `rates`: what keys
-        have used, where that is to outlive this."""
+        have used, where that is to outlive this. Not `begun`: nobody is let in before `begin`."""
         self.limits, self.now = limits, clock
+        self._begun = begun
         self._observer = observer
         self._seats = seats
         if seats is not None:
@@ -102,6 +104,21 @@ class Admission:
     @property
     def _pools(self) -> int:
         return 1 if self._seats is None else self._seats.working
+
+    def begin(self, limits: Limits) -> None:
+        """The engine is loaded, and what it holds is known: whoever waits for more than that hears it now."""
+        self.limits, self._begun = limits, True
+        for waiting in list(self._in_order()):
+            try:
+                waiting.blocks = self._check(waiting.demand)
+            except RequestError as error:
+                self._dismiss(waiting, error)
+        self.fill()
+
+    def end(self, error: LightshipError) -> None:
+        """There will be no engine: all that wait hear `error`."""
+        for waiting in list(self._in_order()):
+            self._dismiss(waiting, error)
 
     async def enter(self, demand: Demand) -> Ticket:
         """Wait for a place. Raises `RequestError` for what never fits, `Overloaded` when the queue is full or too slow
@@ -135,7 +152,7 @@ class Admission:
         except BaseException as error:
             self._leave(waiting, refused=isinstance(error, Timeout))
             raise
-        if isinstance(got, Overloaded):
+        if not isinstance(got, Ticket):
             raise got
         return got
 
@@ -204,6 +221,11 @@ class Admission:
         if not waiting.turn.done():
             waiting.turn.set_result(Overloaded(f"{why}; try again in {retry} s", retry, reason))
 
+    def _dismiss(self, waiting: _Waiting, error: LightshipError) -> None:
+        self._remove(waiting)
+        self._rates.give_back(waiting.demand.key, waiting.demand.prompt)
+        waiting.turn.set_result(error)
+
     def _leave(self, waiting: _Waiting, refused: bool) -> None:
         """It was cancelled, or `refused` after too long a wait, perhaps in the moment in which its turn came. A client
         that gives up pays for a request all the same."""
@@ -236,7 +258,7 @@ class Admission:
     def _next(self) -> _Waiting | None:
         """The first in order that fits and that nobody before it holds up."""
         full = self._blocks >= self.limits.blocks or self._sequences >= self.limits.max_concurrent
-        if full and self._seats is None:
+        if not self._begun or (full and self._seats is None):
             return None
         shorter_waits = any(not self._is_long(waiting.blocks) for waiting in self._in_order())
         now, passed, long_held = self.now(), list[_Waiting](), False
@@ -313,13 +335,18 @@ class Admission:
         if self._observer is not None:
             self._observer.produced(count, apart)
 
+    def heard_again(self, ticket: Ticket) -> None:
+        """An engine gets it once more: its tokens so far went with the one before, and are in no answer."""
+        self._rates.spend(ticket.demand.key, -ticket.tokens)
+        self._served[ticket.demand.key] -= OUTPUT_WEIGHT * ticket.tokens
+
     def release(self, ticket: Ticket) -> None:
         """A ticket is closed."""
         ticket.ended = self.now()
         self._running.remove(ticket)
         self._count(ticket, -1)
         self._long.discard(ticket)
-        if ticket.finish in ("stop", "length"):
+        if ticket.finish in ("stop", "length") and any(ticket.demand.outputs):
             output = ticket.tokens / ticket.demand.sequences
             self._usual_output = output if self._usual_output is None else 0.9 * self._usual_output + 0.1 * output
         if self._observer is not None:
@@ -372,7 +399,7 @@ class Admission:
         return found
 
     def _left(self, ticket: Ticket) -> float:
-        return self._seconds(ticket.demand, ticket.tokens, ticket.ttft is not None)
+        return self._seconds(ticket.demand, ticket.tokens, not ticket.reading)
 
     def _seconds(self, demand: Demand, produced: int = 0, read: bool = False) -> float:
         output = max(demand.outputs) if self._usual_output is None else min(max(demand.outputs), self._usual_output)

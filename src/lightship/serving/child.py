@@ -18,23 +18,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightship.errors import EngineError
+from lightship.serving.unchanged import Unchanged
+
 JSON = dict[str, Any]
 LINE_LIMIT = 64 * 2**20
 LOADING = 300.0  # seconds that a child may take to start
+ENDING = 5.0  # seconds that one may take to end which has closed its socket
 
 
 class ChildFailed(Exception):
-    """The child ended, or took too long and was ended."""
+    """The child ended, or took too long and was ended. `code`: how it ended by itself over a question (as of `Popen`);
+    None where it did not start, or was ended."""
+
+    def __init__(self, why: str, code: int | None = None) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 class Child:
     """`python -m <module> <socket> <cores> <arguments…>`, the parent's side. After `uses` questions a new one is
-    started. It is held to `cores`, None for all that this process may use."""
+    started. It is held to `cores`, None for all that this process may use. It reads `folder`, which must stay as it is
+    now."""
 
     def __init__(
         self,
         module: str,
         arguments: Sequence[str],
+        folder: Path,
         uses: int | None = None,
         quiet: bool = False,
         cores: frozenset[int] | None = None,
@@ -44,6 +55,7 @@ class Child:
         self._cores = ",".join(map(str, sorted(cores or ())))
         self._arguments, self._uses, self._quiet = list(arguments), uses, quiet
         self._environment = {**os.environ, **environment}
+        self._verified = Unchanged.of([folder])
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -81,14 +93,22 @@ class Child:
         return await self._exchange(question, timeout)
 
     async def _start(self) -> None:
+        try:
+            self._verified.check()
+        except (EngineError, OSError) as error:
+            raise ChildFailed(str(error)) from error
         ours, theirs = socket.socketpair()
         with theirs:
             # A process group of its own: Ctrl-C in the terminal reaches the parent only. Libraries print to stderr.
-            self._process = subprocess.Popen(
-                [*self._command, str(theirs.fileno()), self._cores, *self._arguments], pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0, env=self._environment,
-                stderr=subprocess.DEVNULL if self._quiet else None,
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    [*self._command, str(theirs.fileno()), self._cores, *self._arguments], pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0, env=self._environment,
+                    stderr=subprocess.DEVNULL if self._quiet else None,
+                )  # fmt: skip
+            except OSError as error:
+                ours.close()
+                raise ChildFailed(f"it could not be started: {error}") from error
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LINE_LIMIT)
         self._used = 0
         self.memory = (await self._exchange(None, LOADING))["memory"]
@@ -100,22 +120,30 @@ class Child:
                 if question is not None:
                     self._writer.write(json.dumps(question).encode() + b"\n")
                 line = await self._reader.readline()
-        except (TimeoutError, ConnectionError) as error:
+        except TimeoutError as error:
             await self._stop()
-            raise ChildFailed("it took too long" if isinstance(error, TimeoutError) else "it ended") from error
+            raise ChildFailed("it took too long") from error
+        except ConnectionError:
+            line = b""
         if not line.endswith(b"\n"):
-            await self._stop()
-            raise ChildFailed("it ended")
+            code = await self._stop(ENDING)
+            raise ChildFailed("it ended", None if question is None else code)
         answer: JSON = json.loads(line)
         return answer
 
-    async def _stop(self) -> None:
+    async def _stop(self, grace: float = 0.0) -> int | None:
+        """End it, unless it does so by itself within `grace` seconds; how it ended."""
+        code = None
         if self._writer is not None:
             self._writer.close()
         if self._process is not None:
+            if grace:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    await asyncio.to_thread(self._process.wait, grace)
             self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+            code = await asyncio.to_thread(self._process.wait)
         self._process = self._reader = self._writer = None
+        return code
 
     async def close(self) -> None:
         """End the child, also one that is at work; no other is started."""

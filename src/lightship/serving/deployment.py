@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI
 
 from lightship.bundle import Bundle
+from lightship.errors import EngineDied
 from lightship.report import Report
 from lightship.serving import encoder, golden, openai
 from lightship.serving.admission import Admission
@@ -28,7 +29,7 @@ from lightship.serving.scoring import Scoring
 from lightship.serving.settings import ServeSettings
 from lightship.serving.supervisor import Supervisor
 from lightship.serving.ticket import Limits, Seats
-from lightship.serving.tuned import drafted, facts, with_tuned
+from lightship.serving.tuned import drafted, facts, placed, with_tuned
 
 log = logging.getLogger("lightship.serving")
 UNKNOWN = 10**9  # blocks of a KV cache whose engine does not tell its size
@@ -202,7 +203,8 @@ class Deployment:
                 "requests": self.inside, "restarts": self.engine.restarts}  # fmt: skip
 
     async def close(self) -> None:
-        """End its processes, whatever they do."""
+        """End its processes, whatever they do, and tell those who wait for them."""
+        self.admission.end(EngineDied(self.engine.failure or "the engine was closed"))
         await self.engine.close()
         for each in self.kind.beside:
             await each.close()
@@ -224,11 +226,11 @@ class Maker:
     @property
     def defaults(self) -> ServeSettings:
         """The settings for any bundle where nothing is tuned."""
-        return drafted(self.settings)
+        return placed(drafted(self.settings), self.places)
 
     def chosen(self, bundle: Bundle) -> ServeSettings:
         """The settings for `bundle`, see `with_tuned`."""
-        return with_tuned(bundle.folder, self.settings, log.info, len(self.places))
+        return with_tuned(bundle.folder, self.settings, log.info, self.places)
 
     def engine(self, target: str, chosen: ServeSettings) -> Supervisor | Fleet:
         """What will generate with `target`; nothing is started yet."""

@@ -78,7 +78,7 @@ class Seat:
     def left(self) -> int:
         """Tokens that are still to be read and written, at most."""
         demand = self.ticket.demand
-        unread = demand.prompt if self.ticket.ttft is None else 0
+        unread = demand.prompt if self.ticket.reading else 0
         return unread + max(0, sum(demand.outputs) * demand.choices - self.ticket.tokens)
 
     def generate(self, tokens: Sequence[int], params: GenerationParams) -> AsyncGenerator[Event, None]:

@@ -34,11 +34,12 @@ UNBATCHED = 8  # sequences in an engine that computes one at a time: a request m
 def learn(admission: Admission, stats: Mapping[str, Any]) -> None:
     """Take from a loaded engine what only it knows: the size of its KV cache, and whether it computes one at a time.
     Then few are let in: the others wait where turns are fair."""
+    limits = admission.limits
     if stats.get("batching") == "none":
-        admission.limits = replace(admission.limits, max_concurrent=UNBATCHED)
+        limits = replace(limits, max_concurrent=UNBATCHED)
     if (blocks := stats.get("blocks")) is not None:
-        admission.limits = replace(admission.limits, blocks=blocks, block_tokens=stats["block_tokens"])
-    admission.fill()
+        limits = replace(limits, blocks=blocks, block_tokens=stats["block_tokens"])
+    admission.begin(limits)
 
 
 class Front:
@@ -57,13 +58,14 @@ class Front:
             self._logger, self._sink = journal_to(settings.log)
 
     def admission(self, capacity: Limits, report: Report, seats: Seats | None = None) -> Admission:
-        """For a new deployment. `capacity` holds until its engine says more, see `learn`; what keys have used is known
-        to all."""
+        """For a new deployment, which lets nobody in before its engine is there, see `learn`. What keys have used is
+        known to all."""
         settings = self._settings
         limits = replace(capacity, max_queue=settings.max_queue, first_token_deadline=settings.first_token_deadline,
                          total_deadline=settings.total_deadline)  # fmt: skip
         prefill, decode = (metric.value if (metric := report.get(known)) else None for known in ("prefill", "decode"))
-        return Admission(limits, prefill, decode, self._metrics, seats=seats, rates=self._rates)
+        return Admission(limits, prefill, decode, self._metrics, seats=seats, rates=self._rates,
+                         begun=False)  # fmt: skip
 
     def furnish(self, routes: FastAPI) -> None:
         """Put into an app of routes what does not depend on the model: /metrics, and what the document says of

@@ -101,7 +101,7 @@ class Generation:
         except EngineDied:
             if given:
                 raise
-        await self._place.recovered(RECOVERY)
+        await self.recovered(RECOVERY)
         async with contextlib.aclosing(self._attempt()) as pieces:
             async for piece in pieces:
                 yield piece
@@ -114,7 +114,12 @@ class Generation:
             async with contextlib.aclosing(self._attempt()) as pieces:
                 return _joined([piece async for piece in pieces], len(self.prompts) * self.n)
 
-        return await once_more(everything, lambda: False, self._place, RECOVERY)
+        return await once_more(everything, lambda: False, self, RECOVERY)
+
+    async def recovered(self, timeout: float) -> None:
+        """Wait for an engine that is started again, no longer than the ticket allows. Raises as that does."""
+        async with self.ticket.in_time() if self.ticket is not None else contextlib.nullcontext():
+            await self._place.recovered(timeout)
 
     async def _attempt(self) -> AsyncGenerator[Piece, None]:
         self.produced = 0

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import re
 import resource
+import signal
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -53,8 +54,9 @@ class Grammars:
         """`cores`: as of `Child`."""
         self.supported = hasattr(find("targets", target), "open_compiler")
         self._child = Child(
-            "lightship.serving.grammar", [target, str(folder)], USES, quiet=True, cores=cores, MALLOC_ARENA_MAX="1"
-        )  # what the compiler prints may hold the client's text
+            "lightship.serving.grammar", [target, str(folder)], folder, USES, quiet=True, cores=cores,
+            MALLOC_ARENA_MAX="1",
+        )  # fmt: skip  # what the compiler prints may hold the client's text
         self._verdicts: OrderedDict[str, str | None] = OrderedDict()
         self._lines: dict[str, _Line] = {}
 
@@ -96,9 +98,11 @@ class Grammars:
     async def _verdict(self, grammar: Grammar) -> str | None:
         try:
             reply = await self._child.ask({"kind": grammar.kind, "text": grammar.text}, WALL)
-        except ChildFailed:
+        except ChildFailed as error:
             if self._child.closed:
                 raise EngineDied("the server is about to stop serving this model") from None
+            if error.code is None or error.code == -signal.SIGKILL:  # which says nothing of the grammar
+                raise EngineDied(f"the grammar could not be checked: {error}") from error
             return f"it is too costly: compiling it took more than {SECONDS} s or {MEMORY >> 20} MiB"
         reason: str | None = reply["error"]
         return reason

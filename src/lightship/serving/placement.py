@@ -54,8 +54,9 @@ def places(
         sets = _chosen(workers, _nodes(here, system), most)
         if len(sets) == 1 and len(sets[0]) == len(here):  # all there are: nothing to hold it to
             return (Place(threads=most if most < len(here) else None),)
-    share = most // len(sets)
-    return tuple(Place(frozenset(each), max(1, min(len(each), share))) for each in sets)
+    if sum(map(len, sets)) <= most:  # no quota that binds: a thread for each core
+        return tuple(Place(frozenset(each), len(each)) for each in sets)
+    return tuple(Place(frozenset(each), max(1, min(len(each), most // len(sets)))) for each in sets)
 
 
 def beside(engines: Sequence[Place], usable: Sequence[int] | None = None) -> Place:

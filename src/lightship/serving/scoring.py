@@ -40,7 +40,7 @@ class Scoring:
         if place.threads is not None:
             settings = replace(settings, threads=min(settings.threads or place.threads, place.threads))
         arguments = [target, str(folder), json.dumps(asdict(settings))]
-        self._child = Child("lightship.serving.scoring", arguments, cores=place.cores)
+        self._child = Child("lightship.serving.scoring", arguments, folder, cores=place.cores)
         self._announced: int | None = None
 
     async def score(self, tokens: Sequence[int], top: int) -> list[Score]:

@@ -57,9 +57,7 @@ class Serving:
         check_exposure(host, self.keys, self.tls, settings.behind_proxy)
         shared = settings.engine.prefix_cache and shares_prefix_cache(self.keys, settings.share_prefix_cache)
         self.places = places(settings.workers, settings.cores)
-        asked = settings.engine.threads
-        threads = self.places[0].threads if asked is None and len(self.places) == 1 else asked  # also of what is beside
-        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared, threads=threads))
+        self.settings = replace(settings, engine=replace(settings.engine, prefix_cache=shared))
         self._open = contextlib.ExitStack()
         try:
             self.bound = self._open.enter_context(bind(host, port))
@@ -82,7 +80,7 @@ class Serving:
 
     def chosen(self, folder: Path, say: Callable[[str], None]) -> ServeSettings:
         """The settings for the bundle in `folder`, see `with_tuned`."""
-        return with_tuned(folder, self.settings, say, len(self.places))
+        return with_tuned(folder, self.settings, say, self.places)
 
     def engine(self, target: str, chosen: ServeSettings | None = None) -> Supervisor | Fleet:
         """What will generate with `target`, with settings that were `chosen` for its bundle; nothing is started yet."""

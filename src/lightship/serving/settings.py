@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lightship.bundle import Bundle
-from lightship.engine import EngineSettings
+from lightship.engine import MAX_CONCURRENT, EngineSettings
 from lightship.serving.keys import usual_path
 from lightship.serving.limits import Limits
 from lightship.serving.placement import Workers
@@ -47,7 +47,7 @@ class ServeSettings:
     behind_proxy: bool = False
     share_prefix_cache: bool = False
     max_context: int | None = None
-    max_concurrent: int = 64
+    max_concurrent: int = MAX_CONCURRENT
     max_queue: int = 256
     first_token_deadline: float = 60.0
     total_deadline: float | None = None

@@ -22,6 +22,7 @@ from lightship.engine import EngineSettings, Event, GenerationParams
 from lightship.errors import EngineDied, EngineError
 from lightship.serving import wire
 from lightship.serving.placement import Place
+from lightship.serving.unchanged import Unchanged
 from lightship.serving.worker import Worker
 
 log = logging.getLogger("lightship.serving")
@@ -30,6 +31,7 @@ TOKENLESS = 30  # × stall: steps return and no request gets a token; a prompt m
 LONGEST_PAUSE = 30.0  # seconds before a restart, at most
 SLOWER = 10  # × the time of the first load, and `stall` on top: how long loading again may take
 MIB = 2**20
+PASSING = ("running", "waiting", "cache_usage")  # what an engine's figures say of the moment
 SPARE = 2048 * MIB  # for what an engine computes with, and the grammars that it keeps as long as it lives
 
 
@@ -114,6 +116,7 @@ class Supervisor:
         self._interval = min(self.care.interval, self.care.stall / 4)
         self._worker = self._new()
         self._folder: Path | None = None
+        self._verified: Unchanged | None = None
         self._asked = self._load_seconds = 0.0
         self._keeping: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
@@ -145,8 +148,10 @@ class Supervisor:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """The engine's latest figures; while another one is loading, the last ones of the one before."""
-        return self._worker.stats or self._stats
+        """The engine's latest figures; while there is none, the last ones of the one before, without what went with
+        it."""
+        found = self._worker.stats or self._stats
+        return found if self._worker.ready else {name: value for name, value in found.items() if name not in PASSING}
 
     @property
     def alive(self) -> bool:
@@ -159,16 +164,18 @@ class Supervisor:
         return self._worker.pid
 
     def resident(self) -> int | None:
-        """Bytes of memory of the engine process; None before it was loaded."""
-        return self.memory.now if self.memory else None
+        """Bytes of memory of the engine process; None while none is loaded."""
+        return self.memory.now if self.memory and self._worker.ready else None
 
     def spawn(self) -> None:
         """See `Worker.spawn`."""
         self._worker.spawn()
 
     def load(self, folder: Path) -> None:
-        """See `Worker.load`; engines that follow load the same folder."""
+        """See `Worker.load`; engines that follow load the same folder, as long as it holds the same."""
         self._folder, self._asked = folder, time.monotonic()
+        draft = self._settings.draft
+        self._verified = Unchanged.of([folder, *([Path(draft)] if draft else [])])
         self._worker.load(folder)
 
     def kill(self) -> None:
@@ -276,11 +283,12 @@ class Supervisor:
 
     async def _again(self) -> Trouble | None:
         """Start another engine; what went wrong."""
-        assert self._folder is not None
+        assert self._folder is not None and self._verified is not None
         self.restarts += 1
         self._worker = self._new()
         limit = self.care.stall + SLOWER * self._load_seconds
         try:
+            self._verified.check()
             self._worker.load(self._folder)
             async with asyncio.timeout(limit):
                 await self._worker.start()

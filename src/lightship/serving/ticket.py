@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
-from lightship.engine import Event, GenerationParams
+from lightship.engine import MAX_CONCURRENT, Event, GenerationParams
 from lightship.errors import ClientLeft, Timeout, UsageError
 from lightship.serving.prefix import Prefix
 
@@ -26,7 +26,7 @@ class Limits:
 
     blocks: int
     block_tokens: int = 32
-    max_concurrent: int = 64
+    max_concurrent: int = MAX_CONCURRENT
     max_queue: int = 256
     first_token_deadline: float = 60.0
     total_deadline: float | None = None
@@ -145,6 +145,10 @@ class Gate(Protocol):
         """It gained `count` tokens, `seconds` after those before them; None for the first of an engine."""
         ...
 
+    def heard_again(self, ticket: Ticket) -> None:
+        """An engine gets it from its beginning, though it had tokens."""
+        ...
+
     def release(self, ticket: Ticket) -> None:
         """It is closed."""
         ...
@@ -168,7 +172,7 @@ class Ticket:
         self.finish: str | None = None
         self.seat: Seat | None = None
         self._last = admitted
-        self._reading = True  # no token has come since an engine got it
+        self.reading = True  # no token has come since an engine got it
         self._closed = False
 
     @property
@@ -179,8 +183,11 @@ class Ticket:
         return min((self.arrived + end for end in ends if end is not None), default=None)
 
     def begin(self) -> None:
-        """An engine gets it now, perhaps once more: the speeds count from here."""
-        self.started, self._reading = self._gate.now(), True
+        """An engine gets it now, perhaps once more: the speeds count from here, and its tokens from nothing."""
+        if self.tokens:
+            self._gate.heard_again(self)
+            self.tokens = 0
+        self.started, self.reading = self._gate.now(), True
 
     def first_token(self, at: float | None = None) -> None:
         """The prompt has been read. Further calls change nothing."""
@@ -196,8 +203,8 @@ class Ticket:
             return
         self.first_token(at)
         came = self._came(at)
-        self._gate.heard(self, count, None if self._reading else came - self._last)
-        self._reading = self._reading and not count
+        self._gate.heard(self, count, None if self.reading else came - self._last)
+        self.reading = self.reading and not count
         self.tokens += count
         self._last = came
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,39 @@ from lightship.draft import DRAFT_TOKENS, TARGET, check_draft
 from lightship.errors import BundleError
 from lightship.machine import machine
 from lightship.report import Metric, Report
+from lightship.serving.placement import Place
 from lightship.serving.settings import ServeSettings
 
 UNMEASURED = "unmeasured here"
 SHOWN = ("prefill", "decode", "batch1", "batch32", "load", "peak_rss", "kld", "cosine_loss", "top1")
 
 
-def with_tuned(path: Path, settings: ServeSettings, say: Callable[[str], None], engines: int = 1) -> ServeSettings:
+def with_tuned(
+    path: Path, settings: ServeSettings, say: Callable[[str], None], places: Sequence[Place] = (Place(),)
+) -> ServeSettings:
     """`settings` with what was tuned for the bundle at `path` on this machine, in place of defaults only: what is given
     by hand stays. Tells what it takes, and why it takes nothing from a file that lies there; never fails because of it.
 
-    Threads are not taken for several `engines`: what was tuned had the machine to itself. The bundle need not be
-    verified yet: its digest is what its manifest has. With a draft it takes only what was tuned with that one, which
-    may be to leave it out; where there is nothing, the draft proposes `DRAFT_TOKENS`.
+    Threads are not taken for several engines, which have a place each: what was tuned had the machine to itself. The
+    bundle need not be verified yet: its digest is what its manifest has. With a draft it takes only what was tuned with
+    that one, which may be to leave it out; where there is nothing, the draft proposes `DRAFT_TOKENS`.
     """
-    chosen = _tuned(path, settings, say, engines)
+    chosen = placed(_tuned(path, settings, say, len(places)), places)
     if settings.draft is None:
         return chosen
     tokens = chosen.tuned.settings.draft_tokens if chosen.tuned else DRAFT_TOKENS
     if not tokens:
         say("the draft is left out: the bundle was faster without it here")
     return drafted(chosen, tokens)
+
+
+def placed(settings: ServeSettings, places: Sequence[Place]) -> ServeSettings:
+    """`settings` with the threads that a quota grants a single engine, where none are asked for or tuned: they hold for
+    what computes beside it too."""
+    threads = places[0].threads
+    if threads is None or settings.engine.threads is not None or len(places) > 1:
+        return settings
+    return replace(settings, engine=replace(settings.engine, threads=threads))
 
 
 def drafted(settings: ServeSettings, tokens: int = DRAFT_TOKENS) -> ServeSettings:
