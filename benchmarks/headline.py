@@ -85,7 +85,8 @@ class Ground:
             served = arms.served(self._port).run
             pair = served, arms.in_process(served)
         for title, run in zip(("served", "bare"), pair, strict=True):
-            print(self.bundle.folder.name, title, *self._row(place, run), file=sys.stderr, flush=True)
+            missed = {each: [run.ttft[each], run.tpot[each]] for each in run.missed(self.ttft, self.tpot)}
+            print(self.bundle.folder.name, title, *self._row(place, run), missed, file=sys.stderr, flush=True)
         return pair
 
     def _load(self, place: int, seed: int) -> Load:

@@ -79,10 +79,14 @@ class Run:
         return float(np.percentile([math.inf if value is None else value for value in getattr(self, name)], 90,
                                    method="higher"))  # fmt: skip
 
+    def missed(self, ttft: float, tpot: float) -> list[int]:
+        """The places of the requests that did not keep both limits."""
+        pairs = enumerate(zip(self.ttft, self.tpot, strict=True))
+        return [place for place, (a, b) in pairs if a is None or a > ttft or b is None or b > tpot]
+
     def within(self, ttft: float, tpot: float) -> float:
         """The share of requests that kept both limits."""
-        pairs = zip(self.ttft, self.tpot, strict=True)
-        return sum(a is not None and a <= ttft and b is not None and b <= tpot for a, b in pairs) / len(self.ttft)
+        return 1 - len(self.missed(ttft, tpot)) / len(self.ttft)
 
     @staticmethod
     def joined(runs: Sequence[Run]) -> Run:

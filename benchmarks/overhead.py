@@ -80,6 +80,7 @@ def serve(folder: Path, port: int, profile: Path | None, plain: bool) -> None:
     model = ServedModel.load("pretended", "0" * 64, folder)
     front = Front(settings, KeyRing(None), model.name, model.context)
     admission = front.admission(Limits(blocks=10**9), Report(()))
+    admission.begin(admission.limits)
 
     def add_routes(app: FastAPI) -> None:
         openai.add_routes(app, engine, model, admission=admission)

@@ -45,6 +45,7 @@ def served(folder, ring=None, limits=None, local=False, tls=(None, None), metric
     capacity = Capacity(blocks=10**9, max_concurrent=64)
     front = Front(settings, ring or KeyRing(None), model.name, model.context)
     admission = front.admission(capacity, Report(()))
+    admission.begin(admission.limits)  # the engine tells no more
     app = create_app(engine, lambda app: routes.add_routes(app, engine, model, admission=admission),
                      around=lambda: front.open(metrics))  # fmt: skip
     front.furnish(app)

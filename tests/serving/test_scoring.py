@@ -112,6 +112,13 @@ def test_several_prompts_and_choices_streamed_and_not(client):
     assert texts[0].startswith("Hello there") and texts[3].startswith("A")
 
 
+def test_more_texts_than_an_engine_takes_together_are_scored(client, tokenizer):
+    """One computes nothing else in it: ONNX Runtime has 8 places."""
+    ids = tokenizer.encode(TEXT).ids
+    answer = score(client, [ids[: 3 + each] for each in range(9)])
+    assert [len(choice.logprobs.token_logprobs) for choice in answer.choices] == [3 + each for each in range(9)]
+
+
 def test_echo_alone_needs_no_scores(client):
     answer = client.completions.create(model="tiny", prompt="Hello there", echo=True, max_tokens=5, temperature=0)
     bare = client.completions.create(model="tiny", prompt="Hello there", max_tokens=5, temperature=0)

@@ -7,7 +7,7 @@ import pytest
 from lightship.engine import Event
 from lightship.errors import Timeout
 from lightship.serving.admission import Admission
-from lightship.serving.ticket import Limits
+from lightship.serving.ticket import Demand, Limits
 from tests.serving.virtual import demand, is_empty, virtual
 
 
@@ -78,6 +78,19 @@ async def test_what_an_engine_takes_with_it_does_not_count(clock):
         await written(50)
         ticket.finish = "length"
     assert ticket.tokens == 50 == sum(spent)
+
+
+@virtual
+async def test_what_needs_nothing_of_the_engine_takes_one_place(clock):
+    admission = Admission(Limits(blocks=2, max_concurrent=2), clock=clock)
+    scored = Demand("a", (500,) * 9, (0,) * 9, beside=True)
+    assert (scored.blocks(32), scored.sequences, scored.prompt) == (0, 1, 4500)
+    async with await admission.enter(scored) as first:
+        async with await admission.enter(demand("a", 32, 32)):
+            now = admission.snapshot()
+            assert (now.sequences, now.blocks_used, now.waiting) == (2, 2, 0)
+        first.finish = "length"
+    assert is_empty(admission)
 
 
 @virtual

@@ -26,9 +26,11 @@ async def enter(
     outputs: Sequence[int],
     choices: int = 1,
     prefix: Prefix | None = None,
+    beside: bool = False,
 ) -> Ticket:
     """Wait for a place for `choices` sequences of each prompt (tokens of each, and of its output at most), the first of
-    which begins with `prefix`. The caller closes the ticket. Raises what `Admission.enter` raises, and `ClientLeft`."""
+    which begins with `prefix`; `beside`: as of `Demand`. The caller closes the ticket. Raises what `Admission.enter`
+    raises, and `ClientLeft`."""
     key: Key | None = getattr(request.state, "key", None)
     demand = Demand(
         key=whose(request),
@@ -38,6 +40,7 @@ async def enter(
         requests_per_minute=None if key is None else key.requests_per_minute,
         tokens_per_minute=None if key is None else key.tokens_per_minute,
         prefix=prefix,
+        beside=beside,
     )
     got: list[Ticket] = []
 

@@ -46,7 +46,8 @@ class Limits:
 class Demand:
     """What a request may need at most: tokens of each of its `prompts`, and of the `outputs` of each, for every one of
     `choices`. `key` is whose it is; the rates are the limits of that key, None for none. `prefix`: how its first prompt
-    begins, where that is known."""
+    begins, where that is known. `beside`: its prompts are read beside the engine, one after the other, and it takes a
+    single place there."""
 
     key: str
     prompts: tuple[int, ...]
@@ -55,6 +56,7 @@ class Demand:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     prefix: Prefix | None = field(default=None, compare=False)
+    beside: bool = False
 
     @property
     def prompt(self) -> int:
@@ -64,10 +66,12 @@ class Demand:
     @property
     def sequences(self) -> int:
         """Sequences in the engine."""
-        return self.choices * len(self.prompts)
+        return 1 if self.beside else self.choices * len(self.prompts)
 
     def blocks(self, block_tokens: int) -> int:
         """KV blocks in the worst case."""
+        if self.beside:
+            return 0
         lengths = zip(self.prompts, self.outputs, strict=True)
         return self.choices * sum(math.ceil((prompt + output) / block_tokens) for prompt, output in lengths)
 
