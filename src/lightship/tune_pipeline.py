@@ -276,7 +276,7 @@ class Processes:
 
     def _child(self, candidate: Candidate, order: dict[str, Any]) -> dict[str, Any]:
         settings = candidate.settings.on(EngineSettings(kv_cache_gb=self.workload.kv_cache_gb))
-        settings = replace(settings, threads=settings.threads or places()[0].threads)  # of a quota, as `serve` has them
+        settings = places()[0].on(settings)  # as `serve` has them under a quota
         if self.draft is not None and settings.draft_tokens:
             settings = replace(settings, draft=str(self.draft.target_folder(TARGET)))
         folder = self.bundle.target_folder(candidate.target)

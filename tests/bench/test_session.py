@@ -276,6 +276,12 @@ def test_no_rate_holds():
     assert found.knee is None and "No rate holds" in found.said()
 
 
+def test_rates_at_which_none_is_due_in_time_do_not_end_a_sweep():
+    found = knee_of(lambda: Scripted(lambda n, b: Plan(first=4.0)), [Limit("ttft", 3)], seconds=1)
+    assert found.knee is None and min(step.rate for step in found.steps) < 0.1
+    assert all(step.figures.requests >= 1 for step in found.steps)
+
+
 def test_a_sweep_too_short_for_its_limits_says_so():
     found = knee_of(lambda: Scripted(lambda n, b: Plan(first=2.0)), [Limit("ttft", 3)], seconds=6)
     assert any("short beside the limits" in note for note in found.steps[0].figures.notes)

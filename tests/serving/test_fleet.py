@@ -66,7 +66,10 @@ def test_each_goes_to_the_engine_with_the_least_left_to_do(tmp_path):
     async def run():
         async with fleet_of(tmp_path) as fleet:
             admission = Admission(Limits(blocks=1000), seats=fleet)
+            scored = await admission.enter(Demand("", (9000,) * 9, (0,) * 9, beside=True))
+            assert at(fleet, scored) == 0 and scored.seat.left() == 0  # the engine has nothing to do with it
             long = await admission.enter(demand(3000, 100))
+            assert at(fleet, long) == 0
             short = [await admission.enter(demand(100, 100)) for _ in range(3)]
             assert {at(fleet, ticket) for ticket in short} == {1 - at(fleet, long)}
             long.produced(90)  # its prompt is read, and ten tokens are left
@@ -309,7 +312,7 @@ def test_it_is_ready_when_all_are_loaded_and_not_before(tmp_path):
         try:
             await until(lambda: any(engine.ready for engine in fleet.engines))
             assert not all(engine.ready for engine in fleet.engines) and not fleet.ready
-            admission = Admission(Limits(blocks=10**9), seats=fleet)
+            admission = Admission(Limits(blocks=10**9), seats=fleet, begun=False)
             early = asyncio.create_task(admission.enter(demand(64)))
             await starting
             assert fleet.ready and not early.done()

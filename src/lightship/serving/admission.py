@@ -112,13 +112,15 @@ class Admission:
             try:
                 waiting.blocks = self._check(waiting.demand)
             except RequestError as error:
-                self._dismiss(waiting, error)
+                self._remove(waiting)
+                self._tell(waiting, error)
         self.fill()
 
     def end(self, error: LightshipError) -> None:
         """There will be no engine: all that wait hear `error`."""
         for waiting in list(self._in_order()):
-            self._dismiss(waiting, error)
+            self._remove(waiting)
+            self._tell(waiting, error)
 
     async def enter(self, demand: Demand) -> Ticket:
         """Wait for a place. Raises `RequestError` for what never fits, `Overloaded` when the queue is full or too slow
@@ -216,15 +218,14 @@ class Admission:
 
     def _refuse(self, waiting: _Waiting, why: str, reason: str) -> None:
         self._remove(waiting)
-        retry = self._retry_after()
+        retry = self._retry_after()  # for those that stay
+        self._tell(waiting, Overloaded(f"{why}; try again in {retry} s", retry, reason))
+
+    def _tell(self, waiting: _Waiting, error: LightshipError) -> None:
+        """It is let in no more, and it costs its key nothing."""
         self._rates.give_back(waiting.demand.key, waiting.demand.prompt)
         if not waiting.turn.done():
-            waiting.turn.set_result(Overloaded(f"{why}; try again in {retry} s", retry, reason))
-
-    def _dismiss(self, waiting: _Waiting, error: LightshipError) -> None:
-        self._remove(waiting)
-        self._rates.give_back(waiting.demand.key, waiting.demand.prompt)
-        waiting.turn.set_result(error)
+            waiting.turn.set_result(error)
 
     def _leave(self, waiting: _Waiting, refused: bool) -> None:
         """It was cancelled, or `refused` after too long a wait, perhaps in the moment in which its turn came. A client

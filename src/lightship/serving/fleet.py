@@ -78,6 +78,8 @@ class Seat:
     def left(self) -> int:
         """Tokens that are still to be read and written, at most."""
         demand = self.ticket.demand
+        if demand.beside:
+            return 0
         unread = demand.prompt if self.ticket.reading else 0
         return unread + max(0, sum(demand.outputs) * demand.choices - self.ticket.tokens)
 
@@ -216,8 +218,8 @@ class Fleet:
         return ready or [member for member in self._members if not member.engine.down] or self._members
 
     def has_room(self, blocks: int, sequences: int, limits: Limits) -> bool:
-        """Whether an engine has so much free, once all have been loaded."""
-        return self._begun and bool(self._fitting(blocks, sequences, limits))
+        """Whether an engine has so much free."""
+        return bool(self._fitting(blocks, sequences, limits))
 
     def _fitting(self, blocks: int, sequences: int, limits: Limits) -> list[_Member]:
         """Engines with so much free for who is new. Who lost its engine goes before: what it needs is kept free at the

@@ -64,8 +64,7 @@ class Front:
         limits = replace(capacity, max_queue=settings.max_queue, first_token_deadline=settings.first_token_deadline,
                          total_deadline=settings.total_deadline)  # fmt: skip
         prefill, decode = (metric.value if (metric := report.get(known)) else None for known in ("prefill", "decode"))
-        return Admission(limits, prefill, decode, self._metrics, seats=seats, rates=self._rates,
-                         begun=False)  # fmt: skip
+        return Admission(limits, prefill, decode, self._metrics, seats=seats, rates=self._rates, begun=False)
 
     def furnish(self, routes: FastAPI) -> None:
         """Put into an app of routes what does not depend on the model: /metrics, and what the document says of

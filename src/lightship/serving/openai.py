@@ -109,7 +109,8 @@ def add_routes(
 async def _ticket(generation: Generation, request: Request, gate: Admission) -> Ticket:
     """What lets `generation` run, once there is room for it."""
     prompts, outputs = map(len, generation.prompts), [params.max_tokens for params in generation.params]
-    prefix, beside = Prefix(generation.prompts[0]), not any(outputs)  # then nothing is generated
+    beside = not any(outputs)  # nothing is generated, and the engine reads nothing
+    prefix = None if beside else Prefix(generation.prompts[0])
     generation.ticket = await enter(gate, request, list(prompts), outputs, generation.n, prefix, beside)
     return generation.ticket
 

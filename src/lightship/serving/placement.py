@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from lightship.engine import EngineSettings
 from lightship.errors import UsageError
 from lightship.machine import cpu_quota
 
@@ -24,6 +25,10 @@ class Place:
 
     cores: frozenset[int] | None = None
     threads: int | None = None
+
+    def on(self, settings: EngineSettings) -> EngineSettings:
+        """`settings` with these threads, where none are asked for."""
+        return settings if settings.threads or not self.threads else replace(settings, threads=self.threads)
 
 
 def places(

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -109,9 +109,7 @@ class Supervisor:
         self, target: str, settings: EngineSettings, care: Care | None = None, place: Place | None = None
     ) -> None:
         self.place = place or Place()
-        self._target, self._settings = target, settings
-        if settings.threads is None and self.place.threads is not None:
-            self._settings = replace(settings, threads=self.place.threads)
+        self._target, self._settings = target, self.place.on(settings)
         self.care = care or Care()
         self._interval = min(self.care.interval, self.care.stall / 4)
         self._worker = self._new()

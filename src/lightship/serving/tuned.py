@@ -42,10 +42,8 @@ def with_tuned(
 def placed(settings: ServeSettings, places: Sequence[Place]) -> ServeSettings:
     """`settings` with the threads that a quota grants a single engine, where none are asked for or tuned: they hold for
     what computes beside it too."""
-    threads = places[0].threads
-    if threads is None or settings.engine.threads is not None or len(places) > 1:
-        return settings
-    return replace(settings, engine=replace(settings.engine, threads=threads))
+    engine = settings.engine if len(places) > 1 else places[0].on(settings.engine)
+    return settings if engine is settings.engine else replace(settings, engine=engine)
 
 
 def drafted(settings: ServeSettings, tokens: int = DRAFT_TOKENS) -> ServeSettings:
