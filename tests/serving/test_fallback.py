@@ -10,18 +10,22 @@ import types
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from lightship import tuning
-from lightship.errors import EngineError, LightshipError, ReloadFailed
+from lightship.errors import EngineDied, EngineError, LightshipError, ReloadFailed
 from lightship.serving import server
-from lightship.serving.deployment import Maker
+from lightship.serving.admission import Admission
+from lightship.serving.deployment import Deployment, Maker
 from lightship.serving.fallback import attempted
 from lightship.serving.server import running
 from lightship.serving.settings import ServeSettings
+from lightship.serving.ticket import Limits
 from lightship.tuning import Chosen
 from tests.serving.door import wait_for
 from tests.serving.test_api import worker_pids
 from tests.serving.test_reload import change, deployments, digest_of, fake_bundle, served
+from tests.serving.virtual import asking, settled
 from tests.test_tuning import entry
 
 FAULTS = {
@@ -97,6 +101,23 @@ def test_nothing_tuned_is_tried_once(tmp_path, caplog):
     ):
         pass
     assert warnings(caplog) == []
+
+
+def test_who_waits_for_settings_that_do_not_load_hears_so_at_once():
+    async def closed():
+        pass
+
+    async def run():
+        admission = Admission(Limits(blocks=10), begun=False)
+        engine = types.SimpleNamespace(failure="prompt lookup is not there", close=closed)
+        old = Deployment(types.SimpleNamespace(engine=engine, beside=[]), admission, FastAPI())
+        waiting = asking(admission)
+        await settled()
+        await old.close()
+        with pytest.raises(EngineDied, match="prompt lookup is not there"):
+            await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(run())
 
 
 # ── Another bundle while one is served ──────────────────────────────────────
