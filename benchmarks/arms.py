@@ -25,6 +25,7 @@ from lightship.bundle import Bundle
 from lightship.calibration import default_text
 from lightship.engine import EngineSettings
 from lightship.evaluation.memory import pss_bytes, tree
+from lightship.machine import machine
 from lightship.serving.server import wait_ready
 from lightship.tokenizer import load_tokenizer
 
@@ -62,9 +63,15 @@ def masked(isa: str | None) -> str:
     return f" --isa {isa}"
 
 
+def hides(isa: str | None) -> bool:
+    """Whether this processor has instructions that the mask `isa` hides."""
+    newer = ("amx",) if isa == "AVX512_CORE_BF16" else ("amx", "avx512")
+    return isa is not None and any(feature.startswith(newer) for feature in machine()["features"])
+
+
 def arithmetic(isa: str | None) -> str:
     """What a bundle must be shipped to compute in, so that it loads under the mask `isa`: see docs/benchmarks.md."""
-    return "f32" if isa == "AVX2" else "auto"
+    return "f32" if isa == "AVX2" and hides(isa) else "auto"
 
 
 def tuned(bundle: Bundle) -> tuple[EngineSettings, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import models
 from benchmarks.arms import ISAS, Arms, arithmetic, masked, pieces, tokens_of, tuned
 from benchmarks.load import Load, Run
-from benchmarks.page import put, section, table
+from benchmarks.page import put, section, spread, table
 from lightship.bench.schedule import poisson
 from lightship.bundle import Bundle
 from lightship.engine import EngineSettings
@@ -107,12 +107,17 @@ class Ground:
                 for place in sorted(self.tried)]  # fmt: skip
 
     def said(self) -> str:
-        """The knees."""
+        """The knees, and the means of all requests, which chance moves less."""
         served, bare = self.knee(0), self.knee(1)
-        if served is None or bare is None:
-            return f"{self.bundle.folder.name}: no rate that was tried held in both arms"
-        return (f"{self.bundle.folder.name}: {STEP**served:.3f} served, {STEP**bare:.3f} on the bare pipeline, "
-                f"ratio {STEP ** (served - bare):.2f}")  # fmt: skip
+        found = "no rate that was tried held in both arms"
+        if served is not None and bare is not None:
+            found = (
+                f"{STEP**served:.3f} served, {STEP**bare:.3f} on the bare pipeline, ratio {STEP ** (served - bare):.2f}"
+            )
+        pairs = [pair for tried in self.tried.values() for pair in tried]
+        means = (spread([ours.mean(name) / theirs.mean(name) for ours, theirs in pairs]) for name in ("ttft", "tpot"))
+        return (f"{self.bundle.folder.name}: {found}; means of a run, served / bare: TTFT {next(means)}, TPOT "
+                f"{next(means)}, {len(pairs)} pairs of runs")  # fmt: skip
 
 
 def made(folder: Path, precision: str, arithmetic: str = "auto") -> Bundle:

@@ -74,6 +74,10 @@ class Run:
         """The median of `ttft` or `tpot`, seconds."""
         return statistics.median(value for value in getattr(self, name) if value is not None)
 
+    def mean(self, name: str) -> float:
+        """The mean alike."""
+        return statistics.fmean(value for value in getattr(self, name) if value is not None)
+
     def high(self, name: str) -> float:
         """The 90th percentile alike; infinite when more than a tenth have none."""
         return float(np.percentile([math.inf if value is None else value for value in getattr(self, name)], 90,

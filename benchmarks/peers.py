@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arms import ISAS, end, masked, pieces, server, tokens_of
+from benchmarks.arms import ISAS, end, hides, masked, pieces, server, tokens_of
 from benchmarks.page import DOCS, put, section, spread, table
 from lightship import tuning
 from lightship.bundle import Bundle
@@ -183,7 +183,7 @@ def arms_of(asked: argparse.Namespace, bundle: Bundle) -> tuple[list[Arm], list[
         arms.append(Arm(name, lightship(bundle), None, entry.settings.on(EngineSettings())))
     program, model = asked.llama / "bin" / "llama-server", asked.gguf
     cores = str(os.cpu_count())
-    if asked.isa is not None:
+    if hides(asked.isa):
         missing.append("llama.cpp: its instructions are chosen when it is built")
     elif program.is_file() and model.is_file():
         command = [str(program), "-m", str(model), "--port", "PORT", "-np", "16", "-c", str(16 * 512), "-t", cores,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arms import ISAS, masked, pieces, tokens_of
+from benchmarks.arms import ISAS, hides, masked, pieces, tokens_of
 from benchmarks.headline import made
 from benchmarks.page import put, section, spread, table
 from lightship.bundle import Bundle
@@ -95,7 +95,7 @@ def main() -> None:
                 arms[f"lightship {weights}, {said}"] = ours(bundle, settings), size
     program = asked.llama / "bin" / "llama-bench"
     missing = ""
-    if asked.isa is not None:
+    if hides(asked.isa):
         missing = " llama.cpp is left out: its instructions are chosen when it is built."
     elif not (program.is_file() and asked.gguf.is_file()):
         missing = f" llama.cpp is left out: no {program} or no {asked.gguf} (docs/peers.md)."
