@@ -129,6 +129,13 @@ def test_the_defaults_win_unless_something_is_surely_faster():
     assert winner.settings.threads == 2
 
 
+@pytest.mark.parametrize(("gain", "budget", "wins"), [(4, 4, False), (4, 100, True), (12, 4, True)])
+def test_one_final_run_of_each_must_show_more_than_several(gain, budget, wins):
+    trials = Invented(lambda s: 100 + gain * (s.threads == 2), budget=budget)
+    winner, base = search(trials, threads(2)).run()
+    assert base.final.n == (1 if budget == 4 else 3) and (winner.settings.threads == 2) is wins
+
+
 def test_who_is_clearly_slower_is_stopped():
     found = search(Invented(lambda s: 50 if s.threads else 100), threads(2))
     found.run()

@@ -16,6 +16,7 @@ from lightship.tuning import Chosen, Figures, Row, label
 GAIN = 1.03  # a candidate of the first, short runs must be this much faster to be taken for better
 DROP = 0.8  # one with less than this share of the best one's speed is stopped
 SURE = 1.02  # after the repeated runs the winner must be this much faster than the defaults
+ONCE = 1.1  # alike, where the budget left one run of each
 FINALS = 3  # runs of each finalist
 FINAL_SHARE = 0.4  # of the budget, kept for them
 ARITHMETIC = ("inference_precision", "kv_precision", "dynamic_quantisation_group")
@@ -218,6 +219,10 @@ class Search:
         """Whether a candidate was better than the defaults in every turn, not by its median alone."""
         return all(self._better(one, other, 1.0) for one, other in zip(runs[candidate], runs[self.start], strict=False))
 
+    def _repeated(self, runs: Mapping[Candidate, Sequence[Figures]], candidate: Candidate) -> bool:
+        """Whether it had more than one turn beside the defaults."""
+        return min(len(runs[candidate]), len(runs[self.start])) > 1
+
     def _decided(self, runs: Mapping[Candidate, Sequence[Figures]]) -> tuple[Row, Row]:
         base = self.rows[self.start]
         if base.final is None:
@@ -228,7 +233,7 @@ class Search:
             if (
                 candidate == self.start
                 or final is None
-                or not self._better(final, base.final, SURE)
+                or not self._better(final, base.final, SURE if self._repeated(runs, candidate) else ONCE)
                 or not self._each(runs, candidate)
             ):
                 continue
