@@ -25,6 +25,7 @@ from lightship.serving.settings import ServeSettings
 from lightship.serving.tuned import facts, with_tuned
 from lightship.tune_pipeline import Processes, dimensions, tune
 from lightship.tuning import Chosen, Workload, place
+from tests import processor
 from tests.test_tuning import FIGURES, entry
 
 LOAD = Workload(clients=2, tokens_in=40, tokens_out=8)
@@ -67,7 +68,9 @@ def test_from_the_command_line_to_a_served_model(bundle, few):
     assert said == [f"settings tuned here for {LOAD.said()}: {tuning.label(found.target, found.settings)}"]
 
 
-@pytest.mark.parametrize("worse", [{"kv_precision": "u8"}, {"inference_precision": "bf16", "kv_precision": "bf16"}])
+@pytest.mark.parametrize("worse", [
+    {"kv_precision": "u8"}, pytest.param({"inference_precision": "bf16", "kv_precision": "bf16"}, marks=processor.bf16),
+])  # fmt: skip
 def test_a_worse_precision_breaks_the_limit(bundle, worse):
     """Really: a bundle of float32 keeps 1e-4, which an 8-bit cache or bf16 arithmetic do not."""
     trials = processes(bundle)
@@ -104,7 +107,7 @@ def test_settings_that_the_engine_refuses_are_a_failed_candidate(bundle):
     trials = processes(bundle)
     trials.prepare(START)
     with pytest.raises(Failed):
-        trials.load(START.with_(inference_precision="bf16", kv_precision="f32"))
+        trials.load(START.with_(inference_precision="bf16", kv_precision="f32" if processor.HAS_BF16 else "bf16"))
     assert trials.load(START, slowest=1e9) is None  # and one that is too slow is stopped
 
 

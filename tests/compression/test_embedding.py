@@ -11,6 +11,7 @@ from lightship.errors import LightshipError, UnsupportedError, UsageError
 from lightship.layers import linears
 from lightship.low_rank import LowRank, LowRankEmbedding, tables
 from lightship.step import make_step
+from tests import processor
 from tests.compression.context import context
 from tests.compression.test_steps import gemma3
 from tests.matrix.gate import through_all_gates
@@ -143,8 +144,11 @@ def test_shares_without_a_rank_and_a_second_time_are_refused(tmp_path):
         make_step("svd", {"keep": 0.9, "embedding": 0.6}).apply(made, tmp_path / "again", given)
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnx"])
-@pytest.mark.parametrize("kind", ["llama", pytest.param("untied", marks=pytest.mark.slow), "bert"])
+@pytest.mark.parametrize(("kind", "target"), [
+    ("llama", "openvino"), ("llama", "onnx"), ("bert", "openvino"),
+    pytest.param("bert", "onnx", marks=processor.vnni),
+    pytest.param("untied", "openvino", marks=pytest.mark.slow), pytest.param("untied", "onnx", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_it_passes_the_gates_of_a_runtime(tmp_path, kind, target):
     source = MODELS[kind](tmp_path / "source")
     options = {"keep": 0.9, "embedding": 0.6}

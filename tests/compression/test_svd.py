@@ -16,6 +16,7 @@ from lightship.errors import LightshipError, UsageError
 from lightship.layers import linears, weight_of
 from lightship.low_rank import LowRank
 from lightship.step import make_step
+from tests import processor
 from tests.compression.context import context
 from tests.matrix.gate import through_all_gates
 from tests.tiny import tiny_encoder, tiny_gpt2
@@ -307,8 +308,8 @@ def test_weights_that_are_not_finite_name_their_layer(llama):
 
 
 @pytest.mark.parametrize(("kind", "target"), [
-    ("llama", "openvino"), ("bert", "onnx"), pytest.param("llama", "onnx", marks=pytest.mark.slow),
-    pytest.param("bert", "openvino", marks=pytest.mark.slow),
+    ("llama", "openvino"), pytest.param("bert", "onnx", marks=processor.vnni),
+    pytest.param("llama", "onnx", marks=pytest.mark.slow), pytest.param("bert", "openvino", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_it_passes_the_gates_of_a_runtime(llama, tmp_path, kind, target):
     """As it is and in int8, at the limits of any model: two matrix products are nothing new to a runtime."""

@@ -12,6 +12,7 @@ from lightship.errors import UnsupportedError
 from lightship.find import find
 from lightship.pipeline import convert
 from lightship.recipe import Precision, Recipe
+from tests import processor
 from tests.tiny import tiny_encoder
 
 TEXTS = ("short", "a text of several words, longer than the first")
@@ -37,7 +38,7 @@ def beside(target, folder):
     return float(np.abs(alone - together).max())
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnx"])
+@pytest.mark.parametrize("target", [pytest.param("openvino", marks=processor.vnni), "onnx"])
 def test_each_token_is_rounded_by_itself(bert, tmp_path, target):
     made = {}
     for activations in ("auto", "int8"):
