@@ -308,7 +308,7 @@ def test_weights_that_are_not_finite_name_their_layer(llama):
 
 
 @pytest.mark.parametrize(("kind", "target"), [
-    ("llama", "openvino"), pytest.param("bert", "onnx", marks=processor.vnni),
+    ("llama", "openvino"), ("bert", "onnx"),
     pytest.param("llama", "onnx", marks=pytest.mark.slow), pytest.param("bert", "openvino", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_it_passes_the_gates_of_a_runtime(llama, tmp_path, kind, target):
@@ -316,7 +316,7 @@ def test_it_passes_the_gates_of_a_runtime(llama, tmp_path, kind, target):
     source = llama if kind == "llama" else tiny_encoder(tmp_path / "bert", "BertForSequenceClassification")
     made = make_step("svd", {"keep": 0.6}).apply(source, tmp_path / "made", context(source))
     assert made.structure.low_rank
-    for precision in ("fp32", "int8"):
+    for precision in processor.precisions(kind, target):
         through_all_gates(made, target, precision, tmp_path / precision)
         weights = sum(path.stat().st_size for path in (tmp_path / precision).rglob("openvino_model.bin"))
         assert weights == 0 or weights < (1.05 if precision == "fp32" else 0.4) * made.weight_bytes
