@@ -61,6 +61,18 @@ def test_each_token_is_rounded_by_itself(bert, tmp_path, target):
         assert beside(target, made["auto"]) > 1e-4
 
 
+def test_sums_of_products_do_not_saturate(bert, tmp_path):
+    """Without VNNI x64 adds pairs in 16 bits: the loss of such models was 0.007 to 0.017. With VNNI it can't fail."""
+    made = {}
+    for name in ("fp32", "int8"):
+        recipe = Recipe(
+            source=str(bert.folder), target="onnx", precision=Precision(name=name), accept=("cosine_loss<=1",)
+        )
+        made[name] = convert(recipe, tmp_path / name)
+    exact, rounded = (outputs("onnx", made[name], TEXTS) for name in ("fp32", "int8"))
+    assert (exact * rounded).sum() / np.sqrt((exact**2).sum() * (rounded**2).sum()) > 0.998
+
+
 def test_floats_and_integers_at_once_are_refused(bert, tmp_path):
     precision = Precision(name="int8", activations="int8", arithmetic="f32")
     with pytest.raises(UnsupportedError):
