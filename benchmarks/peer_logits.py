@@ -28,8 +28,8 @@ def llama(model: str, rows: Rows) -> Rows:
     return np.stack(found)
 
 
-def vllm(model: str, rows: Rows) -> Rows:
-    """vLLM in bfloat16. It computes the logits of a prompt where its log-probabilities are asked for; they are kept."""
+def vllm(model: str, rows: Rows, dtype: str) -> Rows:
+    """vLLM in `dtype`. It computes the logits of a prompt where its log-probabilities are asked for; they are kept."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -43,7 +43,7 @@ def vllm(model: str, rows: Rows) -> Rows:
         return logits
 
     LlamaForCausalLM.compute_logits = keep
-    engine = LLM(model=model, dtype="bfloat16", enforce_eager=True, max_model_len=2 * rows.shape[1],
+    engine = LLM(model=model, dtype=dtype, enforce_eager=True, max_model_len=2 * rows.shape[1],
                  max_num_batched_tokens=2 * rows.shape[1], enable_prefix_caching=False)  # fmt: skip
     found = []
     for row in rows:
@@ -56,5 +56,5 @@ def vllm(model: str, rows: Rows) -> Rows:
 
 
 if __name__ == "__main__":
-    ENGINES: dict[str, Callable[[str, Rows], Rows]] = {"llama.cpp": llama, "vllm": vllm}
-    np.save(sys.argv[4], ENGINES[sys.argv[1]](sys.argv[2], np.load(sys.argv[3])))
+    ENGINES: dict[str, Callable[..., Rows]] = {"llama.cpp": llama, "vllm": vllm}
+    np.save(sys.argv[4], ENGINES[sys.argv[1]](sys.argv[2], np.load(sys.argv[3]), *sys.argv[5:]))
