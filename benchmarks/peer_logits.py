@@ -1,4 +1,5 @@
-"""Logits of another engine, computed with its own Python: `python peer_logits.py llama.cpp|vllm MODEL IDS LOGITS [DTYPE]`.
+"""Logits of another engine, computed with its own Python: `python peer_logits.py llama.cpp MODEL IDS LOGITS`, or `vllm
+MODEL IDS LOGITS DTYPE`.
 
 IDS is a .npy of token ids, (rows, length); LOGITS gets float32, (rows, length, vocabulary). Nothing of lightship is
 imported: the environment is the other engine's.

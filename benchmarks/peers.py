@@ -34,6 +34,7 @@ from lightship.engine import EngineSettings
 from lightship.evaluation import divergence
 from lightship.find import find
 from lightship.machine import machine
+from lightship.tune_pipeline import BF16
 
 PAGE = DOCS / "peers.md"
 IN, OUT = 200, 64  # tokens
@@ -195,8 +196,8 @@ def arms_of(asked: argparse.Namespace, bundle: Bundle) -> tuple[list[Arm], list[
     else:
         missing.append(f"llama.cpp: no {program} or no {model}")
     if asked.vllm.is_file():
-        # Emulated bf16 is slower than float32 by far: 14 against 53 tokens/s for 16 clients without AVX-512.
-        has_bf16 = {"avx512_bf16", "amx_bf16"} & set(machine()["features"]) and asked.isa != "AVX2"
+        # Where bf16 is only emulated it is far slower than float32 for many clients (docs/peers.md).
+        has_bf16 = asked.isa != "AVX2" and not set(BF16).isdisjoint(machine()["features"])
         dtype = "bfloat16" if has_bf16 else "float32"
         command = [str(asked.vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(asked.source), "--port",
                    "PORT", "--dtype", dtype, "--max-model-len", "2048", "--max-num-seqs", "64"]  # fmt: skip
