@@ -183,6 +183,23 @@ def test_the_distance_against_one_row_at_a_time(classifier):
     assert compare(encoder, p, q)[0][1] == np.inf
 
 
+@pytest.mark.parametrize("spoilt", [[np.inf, 0], [-np.inf, -np.inf], [np.inf, np.inf], [np.inf, -np.inf], [np.nan, 0]])
+@pytest.mark.parametrize("changes", [
+    {"architecture": "BertForSequenceClassification"}, {"architecture": "BertForQuestionAnswering"},
+    {"architecture": "BertForSequenceClassification", "problem_type": "multi_label_classification"},
+    {"architecture": "BertModel"},
+], ids=["labels", "qa", "several", "embedder"])  # fmt: skip
+def test_what_overflows_is_infinitely_far_and_no_warning(tmp_path, changes, spoilt):
+    encoder = Encoder.load(tiny_encoder(tmp_path / "bert", **changes).folder)
+    outputs = np.random.default_rng(1).normal(size=(3, 2) if encoder.kind == "classifier" else (3, 4, 2))
+    mask, right = np.ones((3, 4), np.int64), outputs.astype(np.float32)
+    wrong = right.copy()
+    wrong[1] = spoilt
+    far, same = compare(encoder, encoder.meaning(right, mask), encoder.meaning(wrong, mask))
+    np.testing.assert_allclose(far[[0, 2]], 0, atol=1e-6)
+    assert far[1] == np.inf and same.tolist() == [True, False, True]
+
+
 class Deaf:
     """The original that hears no mask: padding is read as text."""
 

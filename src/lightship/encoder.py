@@ -140,7 +140,8 @@ class Encoder:
     def meaning(self, outputs: Floats, mask: Ids) -> Floats:
         """What the raw outputs of a batch say: embeddings (batch, width), or log-probabilities: of labels
         (batch, labels), with `several` of (yes, no) for each (batch, labels, 2), of start and end at each position
-        (batch, 2, length), `NEVER` at padding."""
+        (batch, 2, length), `NEVER` at padding. Where a real token's outputs are infinite, they say NaN."""
+        outputs = np.where(np.isfinite(outputs), outputs, np.float32(np.nan))  # infinity less infinity would warn
         if self.kind == "embedder":
             return self.pooling.apply(outputs, mask)
         if self.kind == "qa":

@@ -117,6 +117,17 @@ def test_served_path_sees_a_wrong_model(gate, llama):
         parity.check_served(right, right * np.nan, 0.15)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_row_that_overflows_is_infinitely_far_and_no_warning(value):
+    random = np.random.default_rng(1)
+    right = random.normal(size=(3, 40)).astype(np.float32)
+    wrong = right.copy()
+    wrong[1] = value
+    kld, top1, *_ = divergence._compare_rows(*map(divergence.log_softmax, (right, wrong)), np.array([0, 1, 2]))
+    np.testing.assert_allclose(kld, [0, np.inf, 0], atol=1e-6)
+    assert top1.tolist() == [True, False, True]
+
+
 def test_kld_against_an_obvious_reference():
     random = np.random.default_rng(1)
     p, q = (divergence.log_softmax(random.normal(size=(7, 40)).astype(np.float32) * 3) for _ in range(2))

@@ -131,8 +131,9 @@ class Comparison:
 
 
 def log_softmax(logits: Floats) -> Floats:
-    """Row-wise log-probabilities in float32, summed in float64."""
-    normalised: Floats = logits - logits.max(axis=-1, keepdims=True)
+    """Row-wise log-probabilities in float32, summed in float64. A row that overflowed says NaN, without a warning."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        normalised: Floats = logits - logits.max(axis=-1, keepdims=True)
     for rows in _in_cache(len(normalised)):
         total = np.exp(normalised[rows]).sum(axis=-1, keepdims=True, dtype=np.float64)
         normalised[rows] -= np.log(total).astype(np.float32)
