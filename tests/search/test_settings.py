@@ -76,6 +76,31 @@ def test_settings_that_break_the_limit_never_win():
     assert sum(candidate.settings.kv_precision == "u4" for candidate in trials.runs) == 1  # nor is it run again
 
 
+@pytest.mark.parametrize("lucky", [130, 106])
+def test_the_best_of_another_target_is_run_again(lucky):
+    """One lucky short run of the first target, and a later one of the second, do not decide between the two."""
+    short = {("openvino", 1): lucky, ("openvino", 2): lucky + 1}
+    trials = Invented(None)
+
+    def load(candidate, slowest=None):
+        first = candidate not in trials.runs
+        trials.runs.append(candidate)
+        threads = candidate.settings.threads
+        if candidate.target == "onnx":
+            return figures(115 + (threads or 0))
+        return figures(short.get((candidate.target, threads), 100) if first else 100)
+
+    trials.load = load
+    onnx = [Candidate("onnx", Chosen(threads=count)) for count in (1, 2)]
+    found = search(trials, threads(1, 2), lambda best: onnx)
+    winner, _ = found.run()
+    assert (winner.target, winner.settings.threads) == ("onnx", 2)
+    assert [row.label for row in found.rows.values() if row.final] == (
+        ["openvino, defaults", "openvino, threads 1", "openvino, threads 2", "onnx, threads 2"] if lucky == 130
+        else ["openvino, defaults", "openvino, threads 2", "onnx, threads 1", "onnx, threads 2"]
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_who_fails_in_one_of_the_final_runs_does_not_win(place):
     """However fast it was in the others: a server would meet it too."""

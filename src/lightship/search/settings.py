@@ -183,9 +183,8 @@ class Search:
     # ── The best again ──────────────────────────────────────────────────────
 
     def _finals(self, best: Candidate) -> tuple[Row, Row]:
-        """Run the defaults and the two best in turns, so that a machine that changes its speed does so for all."""
-        entrants = [self.start, *itertools.islice(self._runners_up(best), 2)]
-        runs: dict[Candidate, list[Figures]] = {candidate: [] for candidate in entrants}
+        """Run the finalists in turns, so that a machine that changes its speed does so for all."""
+        runs: dict[Candidate, list[Figures]] = {candidate: [] for candidate in self._finalists(best)}
         for turn in range(FINALS):
             for candidate in list(runs):
                 if turn and self.trials.left() < self.trials.seconds():
@@ -206,13 +205,23 @@ class Search:
                 self.rows[candidate] = self.rows[candidate].model_copy(update={"final": summed(found_runs)})
         return self._decided(runs)
 
-    def _runners_up(self, best: Candidate) -> Iterator[Candidate]:
-        """The best, then the others that were measured whole, the fastest first; only what is allowed."""
+    def _finalists(self, best: Candidate) -> list[Candidate]:
+        """The defaults, the best two, and the best of each target that neither has: one short run of each, minutes
+        apart, is too little to leave a runtime by."""
+        found = list(itertools.islice(self._runners_up(best), 2))
+        for target in dict.fromkeys(candidate.target for candidate in self.rows):
+            if all(candidate.target != target for candidate in found):
+                found += itertools.islice(self._runners_up(best, target), 1)
+        return [self.start, *found]
+
+    def _runners_up(self, best: Candidate, target: str | None = None) -> Iterator[Candidate]:
+        """The best, then the others that were measured whole, the fastest first; only what is allowed, and of `target`
+        where that is given."""
         others = [(row.screening, candidate) for candidate, row in self.rows.items()
                   if row.screening and candidate not in (best, self.start)]  # fmt: skip
         others.sort(key=lambda pair: (self._excess(pair[0]), -pair[0].tokens_per_second))
         for candidate in (best, *(candidate for _, candidate in others)):
-            if candidate != self.start and self._accepted(candidate):
+            if candidate != self.start and target in (None, candidate.target) and self._accepted(candidate):
                 yield candidate
 
     def _each(self, runs: Mapping[Candidate, Sequence[Figures]], candidate: Candidate) -> bool:
