@@ -3,9 +3,9 @@
 import pytest
 
 from lightship.machine import machine
+from lightship.tune_pipeline import BF16, VNNI
 
-HAS_BF16 = "avx512_bf16" in machine()["features"]
+FEATURES = set(machine()["features"])
+HAS_BF16 = not FEATURES.isdisjoint(BF16)
 bf16 = pytest.mark.skipif(not HAS_BF16, reason="this processor has no bf16 arithmetic")
-vnni = pytest.mark.skipif(
-    "avx512_vnni" not in machine()["features"], reason="without VNNI OpenVINO has no integer kernels"
-)
+vnni = pytest.mark.skipif(FEATURES.isdisjoint(VNNI), reason="without VNNI OpenVINO has no integer kernels")

@@ -156,6 +156,21 @@ def test_only_what_is_named_is_tried(both):
         dimensions(both, LOAD, only=["tempo"])
 
 
+@pytest.mark.parametrize(("features", "integers"), [
+    (["avx2"], False), (["avx2", "avx512f"], False), (["avx2", "avx_vnni"], True),
+    (["avx2", "avx512f", "avx512_vnni"], True),
+])  # fmt: skip
+def test_integer_activations_are_tried_where_there_are_kernels(bundle, monkeypatch, features, integers):
+    monkeypatch.setattr(tune_pipeline, "machine", lambda: {"features": features, "cores": 2})
+
+    def tried(**only):
+        return {name for dimension in dimensions(bundle, LOAD, **only) for candidate in dimension(START)
+                for name in changed(candidate.settings)}  # fmt: skip
+
+    assert ("dynamic_quantisation_group" in tried()) == integers and "kv_precision" in tried()
+    assert tried(only=["dynamic_quantisation_group"]) == {"dynamic_quantisation_group"}, "who names it has it tried"
+
+
 @pytest.mark.parametrize("fastest", ["openvino", "onnx"])
 def test_a_search_offers_no_target_what_it_refuses(both, monkeypatch, fastest):
     """The whole of it, whoever is ahead when a dimension has its turn. Nothing is measured: every step is a gain."""

@@ -15,7 +15,7 @@ from typing import Any
 
 LIBRARIES = ("lightship", "openvino", "openvino-genai", "nncf", "onnxruntime", "onnxscript", "torch", "transformers",
              "tokenizers", "numpy")  # fmt: skip
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 GB = 1e9
 UNLIMITED = 2**62  # bytes: cgroup v1 writes "no limit" as the largest number of whole pages
 

@@ -35,6 +35,7 @@ MOST_WAVES = 24
 LEAST = 4  # requests of a run that are counted, at least: one answer alone may be an odd one
 PATIENCE = 4  # times the budget that a single run may take before it is given up
 BF16 = ("avx512_bf16", "amx_bf16")
+VNNI = ("avx_vnni", "avx512_vnni")  # without, OpenVINO (2026.4) leaves activations in floats, whatever the group
 
 
 def tune(
@@ -112,9 +113,13 @@ def _entry(trials: Processes, winner: Row, base: Row, rows: list[Row], seconds: 
 
 def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequence[str] = ()) -> list[Dimension]:
     """What to change, in the order of what usually matters most. A target names in TUNABLE what it heeds. `drafted`:
-    there is a draft. `only`: names of settings, or `target`; all where it is empty."""
+    there is a draft. `only`: names of settings, or `target`; where it is empty, all that can matter on this machine."""
     recorded = {target: _recorded(bundle.target_folder(target)) for target in bundle.targets}
-    bf16, cores = any(feature in machine()["features"] for feature in BF16), _cores()
+    features, cores = set(machine()["features"]), _cores()
+    bf16, integers = (
+        not features.isdisjoint(BF16),
+        not features.isdisjoint(VNNI) or "dynamic_quantisation_group" in only,
+    )
 
     def targets(best: Candidate) -> list[Candidate]:
         return [Candidate(target, Chosen()) for target in bundle.targets if target != best.target]
@@ -133,7 +138,9 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
         return [best.with_(kv_precision=name) for name in names if name != _now(best, recorded, "kv_precision")]
 
     def activations(best: Candidate) -> list[Candidate]:
-        groups = [group for group in (32, 64, 128) if group != _now(best, recorded, "dynamic_quantisation_group")]
+        groups = [
+            group for group in (32, 64, 128) if integers and group != _now(best, recorded, "dynamic_quantisation_group")
+        ]
         return [best.with_(dynamic_quantisation_group=group) for group in groups]
 
     def budget(best: Candidate) -> list[Candidate]:
