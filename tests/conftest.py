@@ -71,6 +71,28 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def originals_measured_once():
+    """What PyTorch needs for a checkpoint is measured really, in a process of its own, and once a session for each:
+    ten seconds on a slow machine, most of them imports."""
+    from lightship.evaluation import memory
+
+    measured = {}
+
+    def probe(target, folder, **given):
+        if target != "pytorch":
+            return real(target, folder, **given)
+        key = (Checkpoint(folder).digest(), *sorted(given.items()))
+        if key not in measured:
+            measured[key] = real(target, folder, **given)
+        return list(measured[key])
+
+    real = memory.probe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "probe", probe)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Checkpoint:
     """A tiny random llama: grouped heads, tied table, context 2 048, weights wide enough to show faults."""
