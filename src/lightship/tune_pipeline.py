@@ -116,10 +116,7 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
     there is a draft. `only`: names of settings, or `target`; where it is empty, all that can matter on this machine."""
     recorded = {target: _recorded(bundle.target_folder(target)) for target in bundle.targets}
     features, cores = set(machine()["features"]), _cores()
-    bf16, integers = (
-        not features.isdisjoint(BF16),
-        not features.isdisjoint(VNNI) or "dynamic_quantisation_group" in only,
-    )
+    bf16, idle = not features.isdisjoint(BF16), {"dynamic_quantisation_group"} if features.isdisjoint(VNNI) else set()
 
     def targets(best: Candidate) -> list[Candidate]:
         return [Candidate(target, Chosen()) for target in bundle.targets if target != best.target]
@@ -138,9 +135,7 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
         return [best.with_(kv_precision=name) for name in names if name != _now(best, recorded, "kv_precision")]
 
     def activations(best: Candidate) -> list[Candidate]:
-        groups = [
-            group for group in (32, 64, 128) if integers and group != _now(best, recorded, "dynamic_quantisation_group")
-        ]
+        groups = [group for group in (32, 64, 128) if group != _now(best, recorded, "dynamic_quantisation_group")]
         return [best.with_(dynamic_quantisation_group=group) for group in groups]
 
     def budget(best: Candidate) -> list[Candidate]:
@@ -185,7 +180,7 @@ def dimensions(bundle: Bundle, load: Workload, drafted: bool = False, only: Sequ
     if unknown := set(only) - {name for name, _ in every}:
         raise UsageError(f"{', '.join(sorted(unknown))} is nothing that is tried",
                          hint=f"known are {', '.join(dict.fromkeys(name for name, _ in every))}")  # fmt: skip
-    return [heeded(name, dimension) for name, dimension in every if not only or name in only]
+    return [heeded(name, dimension) for name, dimension in every if (name in only if only else name not in idle)]
 
 
 def _cores() -> int:
